@@ -1,0 +1,60 @@
+# `make demo` and `make test` need Python ≥ 3.11 and the package registries, nothing else.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: demo test check unit sql simulation integration e2e serve bench soak lock clean
+
+demo: $(STAMP)
+	@$(BIN)/syncer demo
+
+test: check unit sql simulation integration e2e
+	@echo "make test: all green"
+
+check: $(STAMP)
+	@echo "== checks: format, lint, types, floors"
+	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
+
+unit: $(STAMP)
+	@echo "== unit: the core, the buffer and its faults, the domain"
+	@$(PYTEST) tests/unit
+
+sql: $(STAMP)
+	@echo "== SQL and contract: real Postgres and PostgREST"
+	@$(PYTEST) tests/sql tests/contract
+
+simulation: $(STAMP)
+	@echo "== simulation: the first histories by seed"
+	@$(PYTEST) tests/simulation
+
+integration: $(STAMP)
+	@echo "== integration: faults on real parts"
+	@$(PYTEST) tests/integration
+
+e2e: $(STAMP)
+	@echo "== end to end: the command line, the API process, the drill"
+	@$(PYTEST) tests/e2e tests/performance
+
+serve: $(STAMP)
+	@$(BIN)/syncer serve --local
+
+bench: $(STAMP)
+	@$(BIN)/python -m benchmarks
+
+soak: $(STAMP)
+	@$(PYTEST) -m soak tests
+
+# The lock files carry versions and hashes only; the registry is the installer's own setting.
+$(STAMP): requirements-dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=…"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned packages into $(VENV) (about a minute, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .syncer dist build

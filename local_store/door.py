@@ -1,0 +1,263 @@
+"""Validation at the door, in the caller's time: what is accepted here can be delivered.
+
+A value that the server's JSON parser or its column would refuse would turn into a dead letter
+hours later, when nobody waits for it. It is refused now, with the field's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import orjson
+
+from local_store.clock import new_id
+from local_store.errors import InvalidWrite
+from local_store.ops import Column, Delete, Insert, Op, Row, TableSpec, Update, WireOp, user_uuid
+
+INT_MIN, INT_MAX = -(2**63), 2**63 - 1
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A transaction that passed the door: its ops, their encoding and its digest."""
+
+    ops: tuple[WireOp, ...]
+    expected: tuple[int | None, ...]
+    encoded: bytes
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class DoorLimits:
+    """Bounds on one transaction."""
+
+    op_bytes_max: int = 4 * 1024 * 1024  # 1 MB of metadata must pass; a batch carries at least one
+    ops_max: int = 500  # the knee of the batch RPC: a transaction is never split
+    depth_max: int = 100  # far above real documents, far below every JSON parser's limit
+
+
+def accept(
+    ops: Sequence[Op], tables: Mapping[str, TableSpec], author: str, limits: DoorLimits
+) -> Accepted:
+    """Check and encode one transaction. Raises InvalidWrite naming table, column and reason."""
+    if not ops:
+        raise InvalidWrite("", "ops", "a transaction needs at least one op")
+    if len(ops) > limits.ops_max:
+        raise InvalidWrite("", "ops", f"{len(ops)} ops; at most {limits.ops_max} per transaction")
+    wire = tuple(_wire_op(op, _spec(op, tables), author, limits) for op in ops)
+    encoded = orjson.dumps([op.to_json() for op in wire])
+    expected = tuple(None if isinstance(op, Insert) else op.expected_version for op in ops)
+    return Accepted(wire, expected, encoded, digest_of(wire))
+
+
+def digest_of(ops: Sequence[WireOp]) -> str:
+    """Return the SHA-256 of the ops as accepted, without base and before; keys in one order."""
+    canonical = orjson.dumps([op.to_json() for op in ops], option=orjson.OPT_SORT_KEYS)
+    return hashlib.sha256(canonical).hexdigest()
+
+
+def decode_ops(encoded: bytes | str) -> tuple[WireOp, ...]:
+    """Return the ops that `accept` encoded."""
+    return tuple(
+        WireOp(op["table"], op["kind"], op["id"], op["values"]) for op in orjson.loads(encoded)
+    )
+
+
+def canonical_uuid(value: object) -> str | None:
+    """Return the lower-case form of a UUID string, or None when it isn't one."""
+    if not isinstance(value, str):
+        return None
+    try:
+        return str(uuid.UUID(value))
+    except ValueError:
+        return None
+
+
+def _spec(op: Op, tables: Mapping[str, TableSpec]) -> TableSpec:
+    spec = tables.get(op.table)
+    if spec is None:
+        known = ", ".join(sorted(tables))
+        raise InvalidWrite(str(op.table), "table", f"not a registered table; known: {known}")
+    return spec
+
+
+def _wire_op(op: Op, spec: TableSpec, author: str, limits: DoorLimits) -> WireOp:
+    if isinstance(op, Delete):
+        return WireOp(spec.name, "delete", _row_id(spec, op.id), {})
+    if isinstance(op, Update):
+        row_id, given = _row_id(spec, op.id), dict(op.changes)
+        if not given:
+            raise InvalidWrite(spec.name, "changes", "an update needs at least one column")
+    else:
+        given = dict(op.values)
+        row_id = _row_id(spec, given.pop(spec.key, None) or new_id())
+        _check_owner(spec, given, author)
+    values = {
+        column: _checked(spec, column, value, limits.depth_max) for column, value in given.items()
+    }
+    if isinstance(op, Insert):
+        _check_required(spec, values)
+    size_bytes = len(orjson.dumps(values))
+    if size_bytes > limits.op_bytes_max:
+        reason = f"{size_bytes} bytes; at most {limits.op_bytes_max} bytes per op"
+        raise InvalidWrite(spec.name, "values", reason)
+    return WireOp(spec.name, "update" if isinstance(op, Update) else "insert", row_id, values)
+
+
+def _row_id(spec: TableSpec, value: object) -> str:
+    key = spec.columns.get(spec.key, Column("uuid"))
+    if key.type == "uuid":
+        found = canonical_uuid(value)
+        if found is None:
+            raise InvalidWrite(spec.name, spec.key, "must be a UUID string")
+        return found
+    if not isinstance(value, str) or not value:
+        raise InvalidWrite(spec.name, spec.key, "must be a non-empty string")
+    _check_text(spec.name, spec.key, value)
+    return value
+
+
+def _check_owner(spec: TableSpec, given: Row, author: str) -> None:
+    owner = given.pop(spec.owner, None)
+    if owner is None:
+        return
+    if not isinstance(owner, str) or user_uuid(owner) != author:
+        raise InvalidWrite(spec.name, spec.owner, "is always the author of the transaction")
+
+
+def _check_required(spec: TableSpec, values: Row) -> None:
+    if spec.parent is not None and values.get(spec.parent[0]) is None:
+        raise InvalidWrite(spec.name, spec.parent[0], "a child row must name its parent")
+
+
+def _checked(spec: TableSpec, column: str, value: Any, depth_max: int) -> Any:
+    if column not in spec.columns:
+        raise InvalidWrite(spec.name, column, "no such column in this table")
+    if not spec.writable(column):
+        raise InvalidWrite(spec.name, column, "is owned by the server and can't be written")
+    rule = spec.columns[column]
+    if value is None:
+        if not rule.nullable:
+            raise InvalidWrite(spec.name, column, "must not be null")
+        return None
+    checked = _CHECKS[rule.type](spec.name, column, value, depth_max)
+    if rule.enum is not None and checked not in rule.enum:
+        raise InvalidWrite(spec.name, column, f"must be one of {', '.join(rule.enum)}")
+    if rule.max_bytes is not None and len(orjson.dumps(checked)) > rule.max_bytes:
+        raise InvalidWrite(spec.name, column, f"is over {rule.max_bytes} bytes of JSON")
+    return checked
+
+
+def _check_text(table: str, column: str, value: Any, _depth_max: int = 0) -> str:
+    if not isinstance(value, str):
+        raise InvalidWrite(table, column, f"must be text, not {type(value).__name__}")
+    if "\x00" in value:
+        raise InvalidWrite(table, column, "contains the NUL character, which Postgres can't store")
+    if _SURROGATE.search(value):
+        raise InvalidWrite(table, column, "contains a lone surrogate, which isn't valid UTF-8")
+    return value
+
+
+def _check_int(table: str, column: str, value: Any, _depth_max: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidWrite(table, column, f"must be an integer, not {type(value).__name__}")
+    if not INT_MIN <= value <= INT_MAX:
+        raise InvalidWrite(table, column, "is beyond 64 bits")
+    return value
+
+
+def _check_float(table: str, column: str, value: Any, _depth_max: int) -> float | int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _check_int(table, column, value, 0)
+    if not isinstance(value, float):
+        raise InvalidWrite(table, column, f"must be a number, not {type(value).__name__}")
+    if not math.isfinite(value):
+        raise InvalidWrite(table, column, "is NaN or Infinity, which JSON can't carry")
+    return value
+
+
+def _check_bool(table: str, column: str, value: Any, _depth_max: int) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidWrite(table, column, f"must be true or false, not {type(value).__name__}")
+    return value
+
+
+def _check_timestamp(table: str, column: str, value: Any, _depth_max: int) -> str:
+    text = _check_text(table, column, value)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise InvalidWrite(table, column, "must be an ISO 8601 timestamp") from None
+    if moment.tzinfo is None:
+        raise InvalidWrite(table, column, "must carry a UTC offset, such as +00:00")
+    return text
+
+
+def _check_uuid(table: str, column: str, value: Any, _depth_max: int) -> str:
+    found = canonical_uuid(value)
+    if found is None:
+        raise InvalidWrite(table, column, "must be a UUID string")
+    return found
+
+
+def _check_text_array(table: str, column: str, value: Any, _depth_max: int) -> list[str]:
+    if not isinstance(value, list):
+        raise InvalidWrite(table, column, f"must be a list of texts, not {type(value).__name__}")
+    return [_check_text(table, f"{column}[{i}]", item) for i, item in enumerate(value)]
+
+
+def _check_json(table: str, column: str, value: Any, depth_max: int) -> Any:
+    # Encode, decode, compare: NaN comes back as null, a tuple as a list, a datetime as text, so
+    # equality finds them all at once; the slow walk runs only to name the place.
+    try:
+        encoded = orjson.dumps(value)
+        carried = orjson.loads(encoded)
+        shallow = max(encoded.count(b"["), encoded.count(b"{")) < depth_max
+        if carried == value and rb"\u0000" not in encoded and shallow:
+            return carried  # a copy: the caller may go on changing theirs
+    except (TypeError, ValueError, RecursionError):
+        pass
+    _walk_json(table, column, value, depth_max)
+    return orjson.loads(orjson.dumps(value))
+
+
+def _walk_json(table: str, path: str, value: Any, depth_left: int) -> None:
+    if depth_left < 0:
+        raise InvalidWrite(table, path.split(".")[0].split("[")[0], "is nested too deeply")
+    if value is None or isinstance(value, bool):
+        return
+    if isinstance(value, str):
+        _check_text(table, path, value)
+    elif isinstance(value, int):
+        _check_int(table, path, value, 0)
+    elif isinstance(value, float):
+        _check_float(table, path, value, 0)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _walk_json(table, f"{path}[{index}]", item, depth_left - 1)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_text(table, f"{path} key", key)
+            _walk_json(table, f"{path}.{key}", item, depth_left - 1)
+    else:
+        raise InvalidWrite(table, path, f"{type(value).__name__} isn't a JSON value")
+
+
+_CHECKS: dict[str, Callable[[str, str, Any, int], Any]] = {
+    "text": _check_text,
+    "int": _check_int,
+    "float": _check_float,
+    "bool": _check_bool,
+    "timestamp": _check_timestamp,
+    "uuid": _check_uuid,
+    "text[]": _check_text_array,
+    "json": _check_json,
+}

@@ -1,0 +1,157 @@
+"""The buffer file: its tables, its pragmas, and how two first starts at once stay harmless.
+
+    op_log    one row per transaction, `seq` gap-free; its `state` says where it stands
+    touches   which unsettled transaction wrote which row: pending marks, predecessors
+    rows      the merged local copy: what the API reads back at once
+    totals    one row of running counts, so that no write has to count
+    meta      log_id and other facts of this file's life
+
+WAL with synchronous=FULL is the only mode called durable here: a commit returns after the fsync of
+the write-ahead log. NORMAL loses acknowledged commits at a power loss.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from fcntl import LOCK_EX, LOCK_UN, flock
+from pathlib import Path
+
+from sqlite_utils import Database
+from sqlite_utils.migrations import Migrations
+
+from local_store.errors import SchemaTooNew, StoreCorrupt
+
+FILE_NAME = "buffer.db"
+LOCK_NAME = "buffer.lock"
+BUSY_TIMEOUT_MS = 5_000  # only readers can meet a lock: writers queue on the folder's flock
+CACHED_STATEMENTS = 128
+
+migrations = Migrations("local_store")
+
+
+@migrations()
+def create_op_log(db: Database) -> None:
+    """Create the tables of the first version."""
+    db.conn.execute(
+        """
+        CREATE TABLE op_log (
+            seq          INTEGER PRIMARY KEY,
+            txn_id       TEXT NOT NULL UNIQUE,
+            user_id      TEXT NOT NULL,
+            digest       TEXT NOT NULL,
+            accepted_at  TEXT NOT NULL,
+            ops          TEXT NOT NULL,
+            before       TEXT NOT NULL,
+            size_bytes   INTEGER NOT NULL,
+            schema_version INTEGER NOT NULL,
+            state        TEXT NOT NULL DEFAULT 'pending',
+            attempts     INTEGER NOT NULL DEFAULT 0,
+            due_at       REAL NOT NULL DEFAULT 0,
+            settled_at   TEXT,
+            reply        TEXT
+        ) STRICT
+        """
+    )
+    db.conn.execute(
+        "CREATE INDEX op_log_unsettled ON op_log (seq) WHERE state IN ('pending', 'held')"
+    )
+    db.conn.execute(
+        "CREATE INDEX op_log_parked ON op_log (seq) WHERE state IN ('conflict', 'dead')"
+    )
+    db.conn.execute(
+        """
+        CREATE TABLE touches (
+            tbl TEXT NOT NULL, id TEXT NOT NULL, seq INTEGER NOT NULL,
+            PRIMARY KEY (tbl, id, seq)
+        ) STRICT, WITHOUT ROWID
+        """
+    )
+    db.conn.execute("CREATE INDEX touches_seq ON touches (seq)")
+    db.conn.execute(
+        """
+        CREATE TABLE rows (
+            tbl        TEXT NOT NULL,
+            id         TEXT NOT NULL,
+            user_id    TEXT NOT NULL,
+            parent_id  TEXT,
+            body       TEXT NOT NULL,
+            base       TEXT,
+            touched_at TEXT NOT NULL,
+            version    INTEGER NOT NULL,
+            changed_at INTEGER NOT NULL,
+            deleted    INTEGER NOT NULL DEFAULT 0,
+            UNIQUE (tbl, id)
+        ) STRICT
+        """
+    )
+    db.conn.execute("CREATE INDEX rows_of_user ON rows (user_id, tbl, id)")
+    db.conn.execute("CREATE INDEX rows_of_parent ON rows (parent_id, tbl)")
+    db.conn.execute(
+        """
+        CREATE TABLE totals (
+            only            INTEGER PRIMARY KEY CHECK (only = 1),
+            last_seq        INTEGER NOT NULL,
+            change_counter  INTEGER NOT NULL,
+            unsettled       INTEGER NOT NULL,
+            unsettled_bytes INTEGER NOT NULL
+        ) STRICT
+        """
+    )
+    db.conn.execute("INSERT INTO totals VALUES (1, 0, 0, 0, 0)")
+    db.conn.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT")
+
+
+@contextmanager
+def folder_lock(lock_fd: int) -> Iterator[None]:
+    """Hold the folder's lock against other processes.
+
+    It covers each write and each checkpoint, because SQLite before 3.51.3 can corrupt a WAL whose
+    reset by one connection races a commit by another; and it makes simultaneous first starts queue.
+    """
+    flock(lock_fd, LOCK_EX)
+    try:
+        yield
+    finally:
+        flock(lock_fd, LOCK_UN)
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open the file for writing; raises StoreCorrupt when it isn't a database.
+
+    Transactions are opened by hand (`isolation_level=None`), always with BEGIN IMMEDIATE: a
+    deferred one that turns to writing gets SQLITE_BUSY at once, whatever the busy timeout.
+    """
+    connection = sqlite3.connect(
+        path, isolation_level=None, check_same_thread=False, cached_statements=CACHED_STATEMENTS
+    )
+    try:
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = OFF")
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        if isinstance(error, sqlite3.OperationalError):
+            raise
+        raise StoreCorrupt(path, str(error)) from error
+    return connection
+
+
+def migrate(connection: sqlite3.Connection, log_id: str) -> None:
+    """Bring the file to the newest schema and give it an identity; the folder lock is held."""
+    db = Database(connection)
+    known = {migration.name for migration in migrations._migrations}
+    foreign = [m.name for m in migrations.applied(db) if m.name not in known]
+    if foreign:
+        raise SchemaTooNew(foreign[-1], list(known)[-1])
+    if migrations.pending(db):
+        migrations.apply(db)
+    connection.execute("INSERT OR IGNORE INTO meta VALUES ('log_id', ?)", (log_id,))
+
+
+def read_log_id(connection: sqlite3.Connection) -> str:
+    """Return the identity of this file's life."""
+    with closing(connection.execute("SELECT value FROM meta WHERE key = 'log_id'")) as cursor:
+        return str(cursor.fetchone()[0])

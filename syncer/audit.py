@@ -1,0 +1,203 @@
+"""The proof: what was acknowledged against the server's ledger against the rows themselves.
+
+Every acknowledged transaction must be in exactly one state. `acknowledged` is the highest seq that
+is known, from the buffer or from the server; the ledger says what is applied, the buffer says what
+is still on its way; what neither knows is lost.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from typing import Any
+
+from local_store import LocalStore
+from local_store.ops import HeldRow, LogEntry, Row
+from syncer.remote import Remote, TableRead
+
+PAGE = 2_000  # entries or rows per call: a few hundred KB, well under any body limit
+ROWS_PER_CALL = 100  # reads in one RPC when rows are compared
+
+
+@dataclass(frozen=True, slots=True)
+class LogAudit:
+    """The account of one log; `acknowledged` equals the sum of the states plus `lost`."""
+
+    log_id: str
+    acknowledged: int = 0
+    applied: int = 0
+    pending: int = 0
+    held: int = 0
+    conflict: int = 0
+    dead: int = 0
+    discarded: int = 0
+    superseded: int = 0
+    lost: int = 0
+    duplicated: int = 0
+    content_mismatch: int = 0
+
+    @property
+    def balanced(self) -> bool:
+        """True when nothing is lost, doubled or different."""
+        return self.lost == self.duplicated == self.content_mismatch == 0
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """All logs and their sum."""
+
+    logs: tuple[LogAudit, ...]
+
+    @property
+    def total(self) -> LogAudit:
+        """The sum over all logs."""
+        counted = [item.name for item in fields(LogAudit) if item.name != "log_id"]
+        sums = {name: sum(getattr(log, name) for log in self.logs) for name in counted}
+        return LogAudit(log_id="total", **sums)
+
+    @property
+    def balanced(self) -> bool:
+        """True when every log balances."""
+        return all(log.balanced for log in self.logs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document that `syncer audit --json` prints."""
+        total = asdict(self.total)
+        del total["log_id"]
+        return {
+            "logs": [asdict(log) for log in self.logs],
+            "total": total,
+            "balanced": self.balanced,
+        }
+
+
+def audit(remote: Remote, store: LocalStore | None = None) -> AuditReport:
+    """Audit every log the server knows and the one of `store`. Raises SyncError when unreachable.
+
+    A log whose buffer isn't at hand is judged by the server's ledger alone: what it acknowledged
+    and the ledger lacks counts as lost, because nobody here can show it.
+    """
+    known = {str(log["log_id"]): log for log in remote.audit()["logs"]}
+    audits: list[LogAudit] = []
+    if store is not None:
+        log_id = store.log_id
+        audits.append(_audit_held(remote, store, log_id, known.pop(log_id, {})))
+    audits += [_audit_remote_only(log_id, log) for log_id, log in sorted(known.items())]
+    return AuditReport(tuple(audits))
+
+
+def _audit_remote_only(log_id: str, log: Row) -> LogAudit:
+    acknowledged, ledger = int(log["acknowledged_seq"]), int(log["ledger"])
+    return LogAudit(
+        log_id,
+        acknowledged=max(acknowledged, ledger),
+        applied=ledger,
+        lost=max(0, acknowledged - ledger),
+        duplicated=int(log["duplicated"]),
+    )
+
+
+def _audit_held(remote: Remote, store: LocalStore, log_id: str, log: Row) -> LogAudit:
+    # The buffer is read first: what it calls pending may be applied a moment later, and the ledger,
+    # read second, then says so; the other way round a transaction could be in neither.
+    local = list(_local_entries(store))
+    ledger = {str(entry["txn_id"]): entry for entry in _ledger_entries(remote, log_id)}
+    states: Counter[str] = Counter()
+    mismatched = 0
+    for entry in local:
+        found = ledger.pop(entry.txn_id, None)
+        states[_state(entry, found)] += 1
+        mismatched += found is not None and (
+            found["digest"] != entry.digest or int(found["seq"]) != entry.seq
+        )
+    states["applied"] += len(ledger)  # applied, but not in this buffer: an older life of the log
+    acknowledged = max(
+        int(log.get("acknowledged_seq", 0)), local[-1].seq if local else 0, sum(states.values())
+    )
+    mismatched += _content_mismatches(remote, store)
+    lost = states.pop("lost", 0)
+    missing = acknowledged - sum(states.values()) - lost
+    return LogAudit(
+        log_id,
+        acknowledged=acknowledged,
+        lost=lost + missing,
+        duplicated=int(log.get("duplicated", 0)),
+        content_mismatch=mismatched,
+        **states,
+    )
+
+
+def _state(entry: LogEntry, found: Row | None) -> str:
+    """Return the state to count: the ledger's word outranks the buffer's."""
+    if found is not None:
+        return str(found["verdict"])
+    if entry.state in ("applied", "discarded"):
+        return "lost"  # the buffer was told so, yet the server doesn't know it
+    return entry.state
+
+
+def _local_entries(store: LocalStore) -> Iterator[LogEntry]:
+    after_seq = 0
+    while page := store.entries(after_seq=after_seq, limit=PAGE):
+        yield from page
+        after_seq = page[-1].seq
+
+
+def _ledger_entries(remote: Remote, log_id: str) -> Iterator[Row]:
+    after_seq = 0
+    while True:
+        page = remote.audit(log_id, after_seq=after_seq, limit=PAGE).get("entries") or []
+        yield from page
+        if len(page) < PAGE:
+            return
+        after_seq = int(page[-1]["seq"])
+
+
+def _content_mismatches(remote: Remote, store: LocalStore) -> int:
+    """Count clean local rows that the server shows differently at the same version.
+
+    A row that somebody else changed since has another version there and is no mismatch; one that is
+    missing here or there because of a delete in between is found by the version too.
+    """
+    mismatches, after = 0, 0
+    while page := store.clean_rows(after=after, limit=ROWS_PER_CALL):
+        after = page[-1][0]
+        mismatches += _compare(remote, store, [row for _, row in page])
+    return mismatches
+
+
+def _compare(remote: Remote, store: LocalStore, held: Sequence[HeldRow]) -> int:
+    mismatches = 0
+    for user_id in sorted({row.user_id for row in held}):
+        mine = [row for row in held if row.user_id == user_id]
+        reads = [TableRead(row.table, {store.tables[row.table].key: row.id}) for row in mine]
+        for row, found in zip(mine, remote.read(user_id, reads), strict=True):
+            mismatches += _differs(store, row, found[0] if found else None)
+    return mismatches
+
+
+def _differs(store: LocalStore, row: HeldRow, found: Row | None) -> bool:
+    spec = store.tables[row.table]
+    if row.deleted or found is None:
+        # Deleted here and applied: it must be gone. Absent there: deleted by another container.
+        return row.deleted and found is not None and found[spec.version] == row.base
+    if found[spec.version] != row.base:
+        return False
+    return any(
+        not _same(spec.columns[column].type, value, found.get(column))
+        for column, value in row.values.items()
+        if spec.writable(column)
+    )
+
+
+def _same(column_type: str, mine: Any, theirs: Any) -> bool:
+    """Compare as values: the server writes timestamps and numbers in its own form."""
+    if column_type == "timestamp" and mine is not None and theirs is not None:
+        return _moment(mine) == _moment(theirs)
+    return bool(mine == theirs)
+
+
+def _moment(text: str) -> datetime:
+    return datetime.fromisoformat(text)

@@ -1,0 +1,99 @@
+"""The protocol: a batch as JSON, a reply as verdicts. Nothing that doesn't fit is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from local_store.ops import PendingTransaction, Row
+from syncer.core.batch import Batch
+from syncer.core.verdict import VERDICT_KINDS, Verdict
+from syncer.errors import ProtocolMismatch, ReplyUnreadable
+
+PROTOCOL = 1
+CHAINED = "chained"
+"""The base of an op whose row was changed earlier by the same log and not confirmed yet."""
+
+
+def encode_batch(batch: Batch) -> Row:
+    """Return the argument of `sync_apply_batch_v1`."""
+    return {
+        "protocol": PROTOCOL,
+        "log_id": batch.log_id,
+        "acknowledged_seq": batch.acknowledged_seq,
+        "transactions": [_encode_transaction(item) for item in batch.transactions],
+    }
+
+
+def _encode_transaction(transaction: PendingTransaction) -> Row:
+    ops: list[Row] = []
+    for op, base, chained in zip(
+        transaction.ops, transaction.bases, transaction.chained, strict=True
+    ):
+        encoded = op.to_json()
+        if op.kind != "insert":
+            encoded["base"] = CHAINED if chained else base
+        ops.append(encoded)
+    return {
+        "txn_id": transaction.txn_id,
+        "seq": transaction.seq,
+        "user_id": transaction.user_id,
+        "digest": transaction.digest,
+        "accepted_at": transaction.accepted_at,
+        "after": list(transaction.after),
+        "replaces": None,
+        "ops": ops,
+    }
+
+
+def decode_verdicts(batch: Batch, reply: object) -> tuple[Verdict, ...]:
+    """Return exactly one verdict per transaction sent, in order; raises ReplyUnreadable otherwise.
+
+    A gateway may answer 200 with a login page, an empty body or somebody else's reply. Believing it
+    would count transactions as delivered that never were, so anything but a perfect fit means that
+    the outcome is unknown and the same ids go out again.
+    """
+    items = reply.get("verdicts") if isinstance(reply, Mapping) else None
+    if not isinstance(items, list):
+        raise ReplyUnreadable("the reply carries no list of verdicts", hint="will be resent")
+    expected = [transaction.txn_id for transaction in batch.transactions]
+    found = [item.get("txn_id") if isinstance(item, Mapping) else None for item in items]
+    if found != expected:
+        raise ReplyUnreadable(
+            f"{len(found)} verdicts for {len(expected)} transactions, or not the same ids",
+            hint="will be resent",
+        )
+    return tuple(_decode_verdict(item) for item in items)
+
+
+def _decode_verdict(item: Mapping[str, Any]) -> Verdict:
+    kind = item.get("verdict")
+    if kind not in VERDICT_KINDS:
+        raise ProtocolMismatch(
+            f"the server gave the verdict {str(kind)[:40]!r}, which this version doesn't know",
+            hint="update the workers before the migrations; nothing is lost",
+        )
+    versions, rows = item.get("versions") or {}, item.get("rows") or {}
+    if not isinstance(versions, Mapping) or not isinstance(rows, Mapping):
+        raise ReplyUnreadable("a verdict carries malformed versions or rows", hint="will be resent")
+    return Verdict(
+        txn_id=item["txn_id"],
+        kind=kind,
+        versions=dict(versions),
+        rows=dict(rows),
+        blocked_by=item.get("blocked_by"),
+        op=item.get("op"),
+        sqlstate=item.get("sqlstate"),
+        message=item.get("message"),
+    )
+
+
+def decode_reads(reply: object, reads: Sequence[object]) -> list[list[Row]]:
+    """Return one list of rows per table read; raises ReplyUnreadable when the reply doesn't fit."""
+    items = reply.get("reads") if isinstance(reply, Mapping) else None
+    if not isinstance(items, list) or len(items) != len(reads):
+        raise ReplyUnreadable("the reply doesn't answer each read", hint="ask again")
+    for rows in items:
+        if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+            raise ReplyUnreadable("a read's reply isn't a list of rows", hint="ask again")
+    return [[dict(row) for row in rows] for rows in items]

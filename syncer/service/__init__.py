@@ -1,0 +1,1 @@
+"""Things that run: the API, the scheduled flush, the command line."""

@@ -1,0 +1,95 @@
+"""Settings from the environment: one name, default, unit and reason each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from syncer.errors import SettingsError
+
+_MIB = 1024 * 1024
+
+
+def _syncer(name: str, default: Any, **rules: Any) -> Any:
+    return Field(default, validation_alias=AliasChoices(f"SYNCER_{name.upper()}", name), **rules)
+
+
+def _plain(name: str, default: Any = None, *others: str) -> Any:
+    return Field(default, validation_alias=AliasChoices(name, *others, name.lower()))
+
+
+class Settings(BaseSettings):
+    """Everything that can be set from outside; `Settings.load()` names a bad value.
+
+    Durations are in seconds, sizes in bytes unless the name says otherwise.
+    """
+
+    model_config = SettingsConfigDict(
+        extra="ignore", hide_input_in_errors=True, env_ignore_empty=True, frozen=True
+    )
+
+    supabase_url: str | None = _plain("SUPABASE_URL")
+    supabase_secret_key: SecretStr | None = _plain(
+        "SUPABASE_SECRET_KEY", None, "SUPABASE_SERVICE_ROLE_KEY"
+    )
+    supabase_anon_key: str | None = _plain("SUPABASE_ANON_KEY")
+    supabase_jwt_secret: SecretStr | None = _plain("SUPABASE_JWT_SECRET")
+    database_url: SecretStr | None = _plain("DATABASE_URL")
+    use_supabase: bool = _plain("USE_SUPABASE", True)
+
+    data_dir: Path = _syncer("data_dir", Path(".syncer/data"))
+    ack: Literal["local"] = _syncer("ack", "local")
+    embedded_flusher: bool = _syncer("embedded_flusher", True)
+    # The nudge after each write makes the interval matter only for retries and other processes.
+    flush_interval_s: float = _syncer("flush_interval_s", 2.0, gt=0, le=3600)
+    # Larger batches gain little once the RPC's fixed cost is spread; smaller ones retry cheaper.
+    batch_ops_max: int = _syncer("batch_ops_max", 500, ge=1, le=5_000)
+    batch_bytes_max: int = _syncer("batch_bytes_max", 4 * _MIB, ge=64 * 1024)
+    buffer_bytes_max: int = _syncer("buffer_bytes_max", 2048 * _MIB, ge=_MIB)
+    buffer_transactions_max: int = _syncer("buffer_transactions_max", 2_000_000, ge=1)
+    op_bytes_max: int = _syncer("op_bytes_max", 4 * _MIB, ge=1024)
+    # One probe per interval in an outage: a struggling project isn't hammered by its own clients.
+    breaker_interval_s: float = _syncer("breaker_interval_s", 5.0, gt=0, le=600)
+    # A reader waits this long for fresher rows before the local copy is shown as stale.
+    read_through_ms: int = _syncer("read_through_ms", 500, ge=0, le=10_000)
+    host: str = _syncer("host", "127.0.0.1")
+    port: int = _syncer("port", 8000, ge=0, le=65_535)
+
+    @field_validator("supabase_url")
+    @classmethod
+    def _is_project_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must be a project URL such as https://<ref>.supabase.co")
+        if parts.path.strip("/") or parts.query or parts.fragment or parts.username:
+            raise ValueError("must be the bare project URL, without path, query or credentials")
+        return value.rstrip("/")
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Self:
+        """Read the environment; `overrides` win. Raises SettingsError naming the setting."""
+        try:
+            return cls(**overrides)
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            name = str(first["loc"][0]) if first["loc"] else "settings"
+            reason = first["msg"].removeprefix("Value error, ")
+            raise SettingsError(name, reason, hint="see the settings table in the README") from None
+
+    def require_supabase(self) -> tuple[str, str]:
+        """Return (project URL, secret key); raises SettingsError naming what is missing."""
+        if self.supabase_url is None:
+            raise SettingsError("SUPABASE_URL", "is not set", hint="set it to the project's URL")
+        if self.supabase_secret_key is None:
+            raise SettingsError(
+                "SUPABASE_SECRET_KEY",
+                "is not set (nor SUPABASE_SERVICE_ROLE_KEY)",
+                hint="the worker needs the secret key; find it in the project's API settings",
+            )
+        return self.supabase_url, self.supabase_secret_key.get_secret_value()

@@ -1,0 +1,254 @@
+"""The pure core: breaker, backoff, batch, wire, verdicts, failure classes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from local_store.ops import PendingTransaction, WireOp
+from syncer.core.backoff import RetryLimits, honoured_retry_after_s, retry_delay_s
+from syncer.core.batch import Batch, choose
+from syncer.core.breaker import Breaker
+from syncer.core.failures import FailedReply, classify, error_for
+from syncer.core.verdict import VERDICT_KINDS, Verdict, outcome_of
+from syncer.core.wire import decode_reads, decode_verdicts, encode_batch
+from syncer.errors import (
+    BatchTooLarge,
+    NotAuthorized,
+    ProtocolMismatch,
+    RemoteUnavailable,
+    ReplyUnreadable,
+    Throttled,
+)
+
+
+def transaction(seq: int, ops: int = 1, **changes: object) -> PendingTransaction:
+    op = WireOp("notes", "update", f"row-{seq}", {"text": "x"})
+    made = PendingTransaction(
+        seq=seq,
+        txn_id=f"txn-{seq}",
+        user_id="user",
+        digest="d",
+        accepted_at="2026-01-01T00:00:00.000000+00:00",
+        ops=(op,) * ops,
+        bases=("v1",) * ops,
+        chained=(False,) * ops,
+        after=(),
+        size_bytes=10,
+        attempts=0,
+    )
+    return replace(made, **changes)
+
+
+def batch_of(*seqs: int) -> Batch:
+    return Batch("log", max(seqs), tuple(transaction(seq) for seq in seqs))
+
+
+def reply_for(batch: Batch, **changes: object) -> dict[str, object]:
+    item = {"verdict": "applied", "versions": {}, "rows": {}, **changes}
+    return {"verdicts": [{"txn_id": t.txn_id, **item} for t in batch.transactions]}
+
+
+# -- breaker ------------------------------------------------------------------------------------
+
+
+def test_breaker_opens_after_the_third_failure_in_a_row():
+    breaker = Breaker(interval_s=5.0)
+    for expected in ("closed", "closed", "open"):
+        breaker = breaker.after_failure(now=100.0, delay_s=0.5)
+        assert breaker.state(100.0) == expected
+
+
+def test_open_breaker_lets_one_probe_through_per_interval():
+    breaker = Breaker(interval_s=5.0, failures=3, not_before=105.0)
+    assert not breaker.allows(104.9)
+    assert breaker.allows(105.0)
+    assert breaker.state(105.0) == "half_open"
+    failed_probe = breaker.after_failure(now=105.0, delay_s=0.1)
+    assert not failed_probe.allows(109.9)
+    assert failed_probe.allows(110.0)
+
+
+def test_a_success_closes_the_breaker_at_once():
+    breaker = Breaker(interval_s=5.0, failures=7, not_before=1e9).after_success()
+    assert breaker.state(0.0) == "closed"
+    assert breaker.allows(0.0)
+
+
+def test_a_refusal_opens_the_breaker_at_once():
+    breaker = Breaker(interval_s=5.0).after_refusal(now=10.0)
+    assert breaker.state(10.0) == "open"
+    assert breaker.wait_s(10.0) == 5.0
+
+
+# -- backoff ------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 10_000), st.floats(0, 1, exclude_max=True))
+def test_delay_stays_within_its_bounds(attempts: int, jitter: float):
+    limits = RetryLimits()
+    assert 0.0 <= retry_delay_s(attempts, jitter, limits) < limits.max_s
+
+
+def test_the_window_doubles_until_its_cap():
+    limits = RetryLimits(first_s=1.0, max_s=5.0)
+    assert [retry_delay_s(n, 1.0, limits) for n in range(4)] == [1.0, 2.0, 4.0, 5.0]
+
+
+@pytest.mark.parametrize(("asked", "given_s"), [(None, 0.0), (-3.0, 0.0), (7.0, 7.0), (1e6, 120.0)])
+def test_retry_after_is_honoured_and_capped(asked: float | None, given_s: float):
+    assert honoured_retry_after_s(asked, RetryLimits()) == given_s
+
+
+# -- batch --------------------------------------------------------------------------------------
+
+
+def test_batch_keeps_order_and_stops_at_the_ops_limit():
+    due = [transaction(1, 3), transaction(2, 3), transaction(3, 3)]
+    assert [t.seq for t in choose("log", 3, due, ops_max=6).transactions] == [1, 2]
+
+
+def test_a_transaction_larger_than_the_limit_goes_alone():
+    due = [transaction(1, 50), transaction(2, 1)]
+    assert [t.seq for t in choose("log", 2, due, ops_max=10).transactions] == [1]
+
+
+def test_transactions_without_ops_still_count():
+    due = [transaction(seq, 0) for seq in range(1, 6)]
+    assert len(choose("log", 5, due, ops_max=3).transactions) == 3
+
+
+# -- wire ---------------------------------------------------------------------------------------
+
+
+def test_an_insert_carries_no_base_and_a_chained_update_says_so():
+    insert = WireOp("notes", "insert", "a", {"text": "x"})
+    update = WireOp("notes", "update", "a", {"text": "y"})
+    made = transaction(1, ops=2)
+    made = replace(made, ops=(insert, update), bases=(None, None), chained=(False, True))
+    ops = encode_batch(Batch("log", 1, (made,)))["transactions"][0]["ops"]
+    assert "base" not in ops[0]
+    assert ops[1]["base"] == "chained"
+
+
+def test_a_perfect_reply_is_believed():
+    batch = batch_of(1, 2)
+    verdicts = decode_verdicts(batch, reply_for(batch, versions={"notes/a": "v2"}))
+    assert [v.kind for v in verdicts] == ["applied", "applied"]
+    assert verdicts[0].versions == {"notes/a": "v2"}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        None,
+        "",
+        "<html>welcome</html>",
+        [],
+        {},
+        {"verdicts": None},
+        {"verdicts": []},
+        {"verdicts": [{"txn_id": "txn-1", "verdict": "applied"}]},
+        {"verdicts": [{"txn_id": "txn-2", "verdict": "applied"}] * 2},
+        {"verdicts": [{"txn_id": "x", "verdict": "applied"}, "nonsense"]},
+    ],
+)
+def test_a_reply_that_does_not_answer_every_transaction_is_an_unknown_outcome(broken: object):
+    with pytest.raises(ReplyUnreadable):
+        decode_verdicts(batch_of(1, 2), broken)
+
+
+def test_verdicts_in_another_order_are_not_believed():
+    batch = batch_of(1, 2)
+    reply = reply_for(batch)
+    reply["verdicts"].reverse()
+    with pytest.raises(ReplyUnreadable):
+        decode_verdicts(batch, reply)
+
+
+def test_a_verdict_of_a_newer_protocol_keeps_the_data():
+    batch = batch_of(1)
+    with pytest.raises(ProtocolMismatch):
+        decode_verdicts(batch, reply_for(batch, verdict="deferred"))
+
+
+@pytest.mark.parametrize(
+    "broken", [None, {"reads": [[]]}, {"reads": [[], "x"]}, {"reads": [[1], []]}]
+)
+def test_a_read_reply_that_does_not_fit_is_not_believed(broken: object):
+    with pytest.raises(ReplyUnreadable):
+        decode_reads(broken, ["one", "two"])
+
+
+# -- verdicts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "state"),
+    [
+        ("applied", "applied"),
+        ("duplicate", "applied"),
+        ("conflict", "conflict"),
+        ("rejected", "dead"),
+        ("parked", "dead"),
+        ("fenced", "dead"),
+        ("held", "held"),
+    ],
+)
+def test_each_verdict_leaves_the_transaction_in_one_state(kind: str, state: str):
+    outcome = outcome_of(Verdict("txn", kind, message="why"), held_retry_s=3.0)
+    assert outcome.state == state
+    assert outcome.retry_after_s == (3.0 if kind == "held" else 0.0)
+    if state != "applied":
+        assert outcome.reply["message"] == "why"
+
+
+def test_every_verdict_kind_has_an_outcome():
+    for kind in VERDICT_KINDS:
+        assert outcome_of(Verdict("txn", kind), held_retry_s=0.0).txn_id == "txn"
+
+
+# -- failure classes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "error"),
+    [
+        (FailedReply(503, "PGRST001"), "outage", RemoteUnavailable),
+        (FailedReply(500, "53100"), "outage", RemoteUnavailable),
+        (FailedReply(503, "57P01"), "outage", RemoteUnavailable),
+        (FailedReply(405, "25006"), "outage", RemoteUnavailable),
+        (FailedReply(400, "0A000", "cannot run during recovery"), "outage", RemoteUnavailable),
+        (FailedReply(503), "outage", RemoteUnavailable),
+        (FailedReply(400, "0A000", "not supported"), "unknown", ReplyUnreadable),
+        (FailedReply(400), "unknown", ReplyUnreadable),
+        (FailedReply(544), "unknown", ReplyUnreadable),
+        (FailedReply(302), "unknown", ReplyUnreadable),
+        (FailedReply(500, "XX000"), "unknown", ReplyUnreadable),
+        (FailedReply(429), "transient", Throttled),
+        (FailedReply(503, retry_after_s=3.0), "transient", Throttled),
+        (FailedReply(503, "53300"), "transient", Throttled),
+        (FailedReply(500, "57014"), "transient", Throttled),
+        (FailedReply(401, "PGRST301"), "auth", NotAuthorized),
+        (FailedReply(401), "auth", NotAuthorized),
+        (FailedReply(403, "42501"), "auth", NotAuthorized),
+        (FailedReply(404, "PGRST202"), "schema", ProtocolMismatch),
+        (FailedReply(404, "42883"), "schema", ProtocolMismatch),
+        (FailedReply(413), "split", BatchTooLarge),
+        (FailedReply(400, "22P05"), "split", BatchTooLarge),
+    ],
+)
+def test_a_code_outranks_the_status_it_arrives_under(
+    reply: FailedReply, kind: str, error: type[Exception]
+):
+    assert classify(reply) == kind
+    assert isinstance(error_for(reply), error)
+
+
+def test_an_error_reply_never_repeats_the_servers_text():
+    told = str(error_for(FailedReply(500, "XX000", "secret user text")))
+    assert "secret user text" not in told
+    assert "XX000" in told
