@@ -1,0 +1,238 @@
+"""The `syncer` command.
+
+With `--json` each command prints one document on stdout; logs and progress go to stderr. Exit
+codes: 0 good, 1 found trouble, 2 usage or settings, 3 Supabase unreachable.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from local_store import LocalStore, LocalStoreError
+from local_store.clock import SystemClock
+from syncer.audit import audit as run_audit
+from syncer.errors import NotSent, OutcomeUnknown, SettingsError, SyncError
+from syncer.flusher import Flusher, FlushReport, drain
+from syncer.remote import SupabaseRemote
+from syncer.service.log_setup import set_up_logging
+from syncer.service.output import show_audit, show_document, show_flush, show_status, told
+from syncer.service.supabase_commands import supabase_app
+from syncer.sessions.tables import SESSION_TABLES
+from syncer.settings import Settings
+
+EXIT_TROUBLE, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 3
+
+app = typer.Typer(
+    name="syncer",
+    help="A durable local write buffer that delivers to Supabase exactly once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(supabase_app, name="supabase")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="The buffer's folder [SYNCER_DATA_DIR].")
+]
+
+
+def main() -> None:
+    """Run the command line; every expected error becomes one line on stderr and an exit code."""
+    set_up_logging(json=not sys.stderr.isatty())
+    try:
+        app()
+    except SettingsError as error:
+        _fail(error, EXIT_USAGE)
+    except (NotSent, OutcomeUnknown) as error:
+        _fail(error, EXIT_UNREACHABLE)
+    except (SyncError, LocalStoreError) as error:
+        _fail(error, EXIT_TROUBLE)
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    print(f"syncer: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+@app.command()
+def demo(
+    sessions: Annotated[int, typer.Option(min=10, max=100_000, help="Sessions to play.")] = 150,
+    outage_seconds: Annotated[float, typer.Option(min=1, max=3600, help="Its length, s.")] = 8.0,
+    seed: Annotated[int, typer.Option(help="The same seed plays the same traffic.")] = 7,
+    keep: Annotated[Path | None, typer.Option(help="Keep all files in this folder.")] = None,
+    json: Json = False,
+) -> None:
+    """Play an outage on real parts: local Supabase, the API, a kill, a recovery, a proof."""
+    from syncer.service.demo import play
+
+    raise typer.Exit(play(sessions, outage_seconds, seed, keep, json))
+
+
+@app.command()
+def serve(
+    local: Annotated[
+        bool, typer.Option("--local", help="Start a local Supabase and serve on it.")
+    ] = False,
+    host: Annotated[str | None, typer.Option(help="Address to bind [SYNCER_HOST].")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65_535, help="Port to bind [SYNCER_PORT].")
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Serve the HTTP API on a durable buffer, with the flusher inside."""
+    from syncer.service.server import serve as run_server
+    from syncer.service.server import serve_on_local_supabase
+
+    overrides = _given(host=host, port=port, data_dir=data_dir)
+    if local:
+        serve_on_local_supabase(overrides)
+    else:
+        run_server(Settings.load(**overrides))
+
+
+@app.command()
+def flush(data_dir: DataDir = None, json: Json = False) -> None:
+    """Deliver what is pending in a buffer until it is empty or Supabase fails."""
+    settings = _settings(data_dir)
+    with _existing_store(settings) as store:
+        flusher = _flusher(store, settings)
+        report = drain(flusher, SystemClock(), budget_s=FLUSH_BUDGET_S)
+    show_flush(report, json)
+    raise typer.Exit(_flush_exit(report))
+
+
+@app.command()
+def worker(data_dir: DataDir = None) -> None:
+    """Deliver a buffer's transactions until told to stop (SIGINT or SIGTERM)."""
+    settings = _settings(data_dir)
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopping.set())
+    with LocalStore.open(settings.data_dir, tables=SESSION_TABLES, **_limits(settings)) as store:
+        flusher = _flusher(store, settings)
+        told(f"delivering {settings.data_dir} to {settings.supabase_url}")
+        while not stopping.is_set():
+            report = drain(
+                flusher,
+                SystemClock(),
+                budget_s=FLUSH_BUDGET_S,
+                keep_going=lambda: not stopping.is_set(),
+            )
+            if report.sent or report.error:
+                show_flush(report, as_json=False)
+            stopping.wait(max(settings.flush_interval_s, flusher.wait_s()))
+
+
+@app.command()
+def status(data_dir: DataDir = None, json: Json = False) -> None:
+    """Show what waits in a buffer, and whether Supabase answers."""
+    settings = _settings(data_dir)
+    with _existing_store(settings) as store:
+        log = {key: value for key, value in store.stats().items()}
+    document = {"supabase": _reachable(settings), "breaker": "closed", "logs": [log]}
+    show_status(document, json)
+    raise typer.Exit(EXIT_TROUBLE if log["parked"] else 0)
+
+
+@app.command()
+def audit(data_dir: DataDir = None, json: Json = False) -> None:
+    """Prove that every acknowledged transaction is in exactly one state."""
+    settings = _settings(data_dir)
+    remote = SupabaseRemote.from_settings(settings)
+    if data_dir is None and not _holds_buffer(settings.data_dir):
+        report = run_audit(remote)
+    else:
+        with _existing_store(settings) as store:
+            report = run_audit(remote, store)
+    show_audit(report, json)
+    raise typer.Exit(0 if report.balanced else EXIT_TROUBLE)
+
+
+@app.command()
+def migrate(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only name what would run.")] = False,
+    json: Json = False,
+) -> None:
+    """Apply the SQL migrations to DATABASE_URL; running it twice is harmless."""
+    from syncer.migrate import migrate as run_migrations
+
+    settings = Settings.load()
+    if settings.database_url is None:
+        raise SettingsError(
+            "DATABASE_URL", "is not set", hint="find it under Connect in the project's dashboard"
+        )
+    names = run_migrations(settings.database_url.get_secret_value(), dry_run=dry_run)
+    if json:
+        show_document({"applied": [] if dry_run else names, "pending": names if dry_run else []})
+    else:
+        verb = "would apply" if dry_run else "applied"
+        told("\n".join(f"{verb} {name}" for name in names) or "nothing to apply")
+
+
+FLUSH_BUDGET_S = 3_600.0  # a replay of a long outage fits; an endless one is a supervisor's matter
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _settings(data_dir: Path | None) -> Settings:
+    return Settings.load(**_given(data_dir=data_dir))
+
+
+def _limits(settings: Settings) -> dict[str, int]:
+    return {
+        "buffer_bytes_max": settings.buffer_bytes_max,
+        "buffer_transactions_max": settings.buffer_transactions_max,
+        "op_bytes_max": settings.op_bytes_max,
+    }
+
+
+def _holds_buffer(folder: Path) -> bool:
+    return (folder / "buffer.db").exists()
+
+
+def _existing_store(settings: Settings) -> LocalStore:
+    """Open the buffer without creating one: a typing error must not look like an empty buffer."""
+    if not _holds_buffer(settings.data_dir):
+        raise SettingsError(
+            "SYNCER_DATA_DIR",
+            f"{os.fspath(settings.data_dir)} holds no buffer",
+            hint="name the folder the API writes to, with --data-dir",
+        )
+    return LocalStore.open(settings.data_dir, tables=SESSION_TABLES, **_limits(settings))
+
+
+def _flusher(store: LocalStore, settings: Settings) -> Flusher:
+    if not settings.use_supabase:
+        raise SettingsError(
+            "USE_SUPABASE",
+            "is false, so nothing is delivered",
+            hint="set it to true to deliver; the buffer keeps everything meanwhile",
+        )
+    return Flusher.from_settings(store, settings)
+
+
+def _reachable(settings: Settings) -> str:
+    if not settings.use_supabase:
+        return "off"
+    try:
+        SupabaseRemote.from_settings(settings).audit()
+    except (NotSent, OutcomeUnknown):
+        return "down"
+    return "up"
+
+
+def _flush_exit(report: FlushReport) -> int:
+    if report.stopped == "outage":
+        return EXIT_UNREACHABLE
+    trouble = report.conflict or report.rejected or report.fenced or report.stopped != "empty"
+    return EXIT_TROUBLE if trouble else 0
