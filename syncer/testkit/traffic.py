@@ -20,6 +20,7 @@ from local_store.clock import Clock, SystemClock, new_id
 StepKind = Literal["create", "resolve", "read", "list", "finalize", "delete"]
 UNKNOWN_RETRIES_MAX = 400  # × 50 ms: longer than a restart takes
 REQUEST_TIMEOUT_S = 30.0
+SESSIONS_AT_ONCE = 24  # interleaved by the dice, so that batches mix users and sessions
 
 PROMPTS = (
     "Parse an ISO-8601 duration string into seconds",
@@ -265,9 +266,9 @@ class Turns:
             while self._left > self._begun - self.done:
                 if self._idle and self._begun < self._allowed:
                     self._begun += 1
-                    # The first few sessions are worked on together, as people do.
+                    # Some sessions are worked on together; the others haven't begun or rest.
                     script, position = self._idle.pop(
-                        self._dice.randrange(min(len(self._idle), 4 * CLIENTS))
+                        self._dice.randrange(min(len(self._idle), SESSIONS_AT_ONCE))
                     )
                     return script, position  # type: ignore[return-value]
                 self._changed.wait(1.0)
