@@ -1,0 +1,1 @@
+"""Measurements: interleaved with the alternative, with fsyncs per op beside every time."""
