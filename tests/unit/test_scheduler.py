@@ -1,0 +1,141 @@
+"""The flusher inside the API process: woken by writes, never by luck."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from local_store import Column, Insert, LocalStore, TableSpec
+from syncer.errors import RemoteUnavailable
+from syncer.flusher import Flusher, FlushReport
+from syncer.service.scheduler import FlushScheduler
+from tests.simulation.remote_model import RemoteModel
+
+NOTES = TableSpec(
+    "notes",
+    {
+        "id": Column("uuid"),
+        "user_id": Column("uuid"),
+        "updated_at": Column("timestamp"),
+        "text": Column("text"),
+    },
+)
+PATIENCE_S = 10.0
+
+
+class Reports:
+    """Collects the scheduler's reports and lets a test wait for one."""
+
+    def __init__(self) -> None:
+        self.seen: list[FlushReport] = []
+        self._changed = threading.Condition()
+
+    def __call__(self, report: FlushReport) -> None:
+        with self._changed:
+            self.seen.append(report)
+            self._changed.notify_all()
+
+    def wait_for(self, wanted) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: any(map(wanted, self.seen)), PATIENCE_S)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[LocalStore]:
+    with LocalStore.open(tmp_path, tables=[NOTES]) as opened:
+        yield opened
+
+
+def scheduler(store, server, reports, interval_s=3600.0) -> FlushScheduler:
+    flusher = Flusher(store, server, jitter=lambda: 0.0)
+    return FlushScheduler(store, flusher, interval_s=interval_s, on_report=reports)
+
+
+def test_a_write_is_delivered_long_before_the_interval(store):
+    server, reports = RemoteModel(store.tables), Reports()
+    running = scheduler(store, server, reports)
+    running.start()
+    try:
+        store.write([Insert("notes", {"text": "now"})], user_id="u")
+        assert reports.wait_for(lambda report: report.applied == 1)
+    finally:
+        running.stop()
+
+
+def test_a_write_during_a_pass_is_delivered_too(store):
+    server, reports = RemoteModel(store.tables), Reports()
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        leave.wait(PATIENCE_S)
+
+    server.before_call = hold
+    running = scheduler(store, server, reports)
+    running.start()
+    try:
+        store.write([Insert("notes", {"text": "first"})], user_id="u")
+        assert entered.wait(PATIENCE_S)
+        store.write([Insert("notes", {"text": "second"})], user_id="u")
+        leave.set()
+        assert reports.wait_for(lambda report: report.applied == 2)
+    finally:
+        leave.set()
+        running.stop()
+
+
+def test_a_run_that_raises_does_not_end_the_schedule(store):
+    server, reports = RemoteModel(store.tables), Reports()
+    broken = [True]
+
+    def fail_once() -> None:
+        if broken.pop() if broken else False:
+            raise RuntimeError("a programming error")
+
+    server.before_call = fail_once
+    running = scheduler(store, server, reports, interval_s=0.05)
+    store.write([Insert("notes", {"text": "x"})], user_id="u")
+    running.start()
+    try:
+        assert reports.wait_for(lambda report: report.applied == 1)
+    finally:
+        running.stop()
+
+
+def test_the_interval_finds_the_end_of_an_outage_without_a_write(store):
+    server, reports = RemoteModel(store.tables), Reports()
+    down = [True]
+
+    def maybe() -> None:
+        if down[0]:
+            raise RemoteUnavailable("down")
+
+    server.before_call = maybe
+    store.write([Insert("notes", {"text": "x"})], user_id="u")
+    running = scheduler(store, server, reports, interval_s=0.05)
+    running.start()
+    try:
+        assert reports.wait_for(lambda report: report.stopped == "outage")
+        down[0] = False
+        assert reports.wait_for(lambda report: report.applied == 1)
+    finally:
+        running.stop()
+
+
+def test_stopping_leaves_what_is_pending_in_the_buffer(store):
+    server = RemoteModel(store.tables)
+
+    def down() -> None:
+        raise RemoteUnavailable("down")
+
+    server.before_call = down
+    running = scheduler(store, server, Reports())
+    running.start()
+    store.write([Insert("notes", {"text": "x"})], user_id="u")
+    running.stop()
+    assert store.stats()["pending"] == 1
+    store.write([Insert("notes", {"text": "after"})], user_id="u")
+    assert store.stats()["pending"] == 2
