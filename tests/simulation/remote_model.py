@@ -50,7 +50,9 @@ class LedgerEntry:
 class Refusal(Exception):
     """One op can't take effect; carries the verdict that follows."""
 
-    def __init__(self, verdict: str, op: int, sqlstate: str | None = None, **more: Any) -> None:
+    def __init__(
+        self, verdict: str, op: int | None = None, sqlstate: str | None = None, **more: Any
+    ) -> None:
         super().__init__(verdict)
         self.item = {"verdict": verdict, "op": op, "sqlstate": sqlstate, **more}
 
@@ -139,17 +141,25 @@ class RemoteModel:
         return {"verdicts": verdicts}
 
     def _one(self, log_id: str, item: Row, chain: dict[str, str | None]) -> Row:
-        told = {"txn_id": item["txn_id"], "versions": {}, "rows": {}, "blocked_by": None}
+        told = {
+            "txn_id": item["txn_id"],
+            "versions": {},
+            "rows": {},
+            "blocked_by": None,
+            "op": None,
+            "sqlstate": None,
+            "message": None,
+        }
         known = self.ledger.get(item["txn_id"])
         if known is not None:
             if known.user_id != item["user_id"] or known.digest != item["digest"]:
-                return {**told, "verdict": "rejected", "message": "the id has other content"}
+                return {**told, "verdict": "rejected", "sqlstate": "SYT01"}
             chain.update(known.versions)
             rows = {key: self._seen(key, item["user_id"]) for key in known.versions}
             return {**told, "verdict": "duplicate", "versions": known.versions, "rows": rows}
         taken = {(entry.log_id, entry.seq) for entry in self.ledger.values()}
         if (log_id, item["seq"]) in taken:
-            return {**told, "verdict": "rejected", "message": "the seq is taken"}
+            return {**told, "verdict": "rejected", "sqlstate": "SYT02"}
         for predecessor in item["after"]:
             found = self.ledger.get(predecessor)
             if found is None:
@@ -170,61 +180,70 @@ class RemoteModel:
         return {**told, "verdict": "applied", "versions": versions}
 
     def _effects(self, item: Row, chain: Mapping[str, str | None]) -> dict[str, str | None]:
-        versions: dict[str, str | None] = {}
         self._check_bases(item, chain)
         for index, op in enumerate(item["ops"]):
-            key = (op["table"], op["id"])
+            row = self.rows.get((op["table"], op["id"]))
             if op["kind"] == "insert":
                 self._insert(index, op, item["user_id"])
+            elif row is None or row.user_id != item["user_id"]:
+                raise Refusal("rejected", index, "42501", message="not the author's")
             elif op["kind"] == "update":
-                self._update(op)
+                self._check(index, op)
+                self._update(op, row)
             else:
-                self._delete(key)
-            row = self.rows.get(key)
-            versions["/".join(key)] = None if row is None else row.version
-        return versions
+                self._delete((op["table"], op["id"]))
+        keys = [(op["table"], op["id"]) for op in item["ops"]]
+        return {"/".join(key): self.version(*key) for key in keys}
 
     def _check_bases(self, item: Row, chain: Mapping[str, str | None]) -> None:
         """Conflict outranks every other refusal, so all bases are checked before any effect."""
         made_here: set[Key] = set()
         stale: dict[str, Row | None] = {}
-        first = 0
-        for index, op in enumerate(item["ops"]):
+        hidden = False
+        for op in item["ops"]:
             key, name = (op["table"], op["id"]), f"{op['table']}/{op['id']}"
-            row = self.rows.get(key)
             if key in made_here:
                 continue
             made_here.add(key)
-            if op["kind"] == "insert":
-                clash = row is not None
-            else:
-                base = op.get("base")
-                if base == CHAINED:
-                    if name not in chain:
-                        raise ProtocolMismatch(f"chained without a predecessor: {name}")
-                    base = chain[name]
-                elif base is None:
-                    raise ProtocolMismatch(f"an op without a base: {name}")
-                clash = row is None or row.version != base
+            row = self.rows.get(key)
+            if not self._is_stale(op, name, row, chain):
+                continue
             if row is not None and row.user_id != item["user_id"]:
-                raise Refusal("rejected", index, "42501", message="not yours")
-            if clash:
-                first = first if stale else index
+                hidden = True
+            else:
                 stale[name] = None if row is None else self._shown(key, row)
         if stale:
-            raise Refusal("conflict", first, rows=stale)
+            raise Refusal("conflict", rows=stale)
+        if hidden:
+            raise Refusal("rejected", sqlstate="42501", message="not the author's")
+
+    @staticmethod
+    def _is_stale(
+        op: Row, name: str, row: ServerRow | None, chain: Mapping[str, str | None]
+    ) -> bool:
+        if op["kind"] == "insert":
+            return row is not None
+        base = op.get("base")
+        if base == CHAINED:
+            if name not in chain:
+                raise ProtocolMismatch(f"chained without a predecessor: {name}")
+            base = chain[name]
+        elif base is None:
+            raise ProtocolMismatch(f"an op without a base: {name}")
+        return row is None or row.version != base
 
     def _insert(self, index: int, op: Row, user_id: str) -> None:
         spec = self.tables[op["table"]]
+        self._check(index, op)
+        if (op["table"], op["id"]) in self.rows:
+            raise Refusal("rejected", index, "23505", message="the id is taken")
         if spec.parent is not None:
             parent = self.rows.get((spec.parent[1], op["values"].get(spec.parent[0])))
             if parent is None or parent.user_id != user_id:
                 raise Refusal("held", index, "23503", message="no such parent")
-        self._check(index, op)
         self.rows[op["table"], op["id"]] = ServerRow(user_id, dict(op["values"]), self._tick())
 
-    def _update(self, op: Row) -> None:
-        row = self.rows[op["table"], op["id"]]
+    def _update(self, op: Row, row: ServerRow) -> None:
         if not op["values"].items() <= row.values.items():
             row.values = {**row.values, **op["values"]}
             row.version = self._tick()
@@ -244,17 +263,31 @@ class RemoteModel:
                 self._delete(child)
 
     def _check(self, index: int, op: Row) -> None:
-        """Stand for the table's CHECK constraints: a value that says it is poison is one."""
-        if "poison" in op["values"].values():
-            raise Refusal("rejected", index, "23514", message="violates a check constraint")
+        """Stand for the table's constraints; a value that says it is poison is refused too."""
+        spec = self.tables[op["table"]]
+        for column, value in op["values"].items():
+            rule = spec.columns[column]
+            if value is None and not rule.nullable:
+                raise Refusal("rejected", index, "23502", message="null in a required column")
+        for column, value in op["values"].items():
+            enum = spec.columns[column].enum
+            if value == "poison" or (enum is not None and value not in enum):
+                raise Refusal("rejected", index, "23514", message="violates a check constraint")
 
     # -- for tests --
 
     def edit(self, table: str, row_id: str, **values: Any) -> None:
-        """Change a row as somebody with SQL would: the version moves."""
-        row = self.rows[table, row_id]
+        """Change a row, if it is there, as somebody with SQL would: the version moves."""
+        row = self.rows.get((table, row_id))
+        if row is None:
+            return
         row.values = {**row.values, **values}
         row.version = self._tick()
+
+    def version(self, table: str, row_id: str) -> str | None:
+        """Return a row's version, None when there is none."""
+        row = self.rows.get((table, row_id))
+        return None if row is None else row.version
 
     def _tick(self) -> str:
         self._ticks += 1

@@ -1,0 +1,1 @@
+"""What ships for testing applications against outages: a local Supabase, faults, drills."""
