@@ -9,6 +9,7 @@ It knows tables, rows and operations; it doesn't know what a session is or where
 from local_store.errors import (
     BufferFull,
     CommitUnknown,
+    DiskFailed,
     InvalidWrite,
     LocalStoreError,
     RowNotFound,
@@ -39,6 +40,7 @@ __all__ = [
     "Column",
     "CommitUnknown",
     "Delete",
+    "DiskFailed",
     "Insert",
     "InvalidWrite",
     "LocalStore",

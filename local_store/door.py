@@ -22,6 +22,12 @@ from local_store.errors import InvalidWrite
 from local_store.ops import Column, Delete, Insert, Op, Row, TableSpec, Update, WireOp, user_uuid
 
 INT_MIN, INT_MAX = -(2**63), 2**63 - 1
+# What Python and Postgres read alike: Python takes week dates, any separator and offsets up to a
+# day as well, which Postgres refuses (its offsets end before 16 hours).
+_TIMESTAMP = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,9})?)?"
+    r"([Zz]|[+-](0[0-9]|1[0-5])(:?[0-5][0-9])?)"
+)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -81,6 +87,14 @@ def canonical_uuid(value: object) -> str | None:
         return None
 
 
+def lookup_id(spec: TableSpec, value: object) -> str | None:
+    """Return a row's id in the form it is stored in; None when no row can have it."""
+    try:
+        return _row_id(spec, value)
+    except InvalidWrite:
+        return None
+
+
 def _spec(op: Op, tables: Mapping[str, TableSpec]) -> TableSpec:
     spec = tables.get(op.table)
     if spec is None:
@@ -98,7 +112,8 @@ def _wire_op(op: Op, spec: TableSpec, author: str, limits: DoorLimits) -> WireOp
             raise InvalidWrite(spec.name, "changes", "an update needs at least one column")
     else:
         given = dict(op.values)
-        row_id = _row_id(spec, given.pop(spec.key, None) or new_id())
+        key = given.pop(spec.key, None)
+        row_id = _row_id(spec, new_id() if key is None else key)
         _check_owner(spec, given, author)
     values = {
         column: _checked(spec, column, value, limits.depth_max) for column, value in given.items()
@@ -121,7 +136,7 @@ def _row_id(spec: TableSpec, value: object) -> str:
         return found
     if not isinstance(value, str) or not value:
         raise InvalidWrite(spec.name, spec.key, "must be a non-empty string")
-    _check_text(spec.name, spec.key, value)
+    check_text(spec.name, spec.key, value)
     return value
 
 
@@ -156,7 +171,8 @@ def _checked(spec: TableSpec, column: str, value: Any, depth_max: int) -> Any:
     return checked
 
 
-def _check_text(table: str, column: str, value: Any, _depth_max: int = 0) -> str:
+def check_text(table: str, column: str, value: Any, _depth_max: int = 0) -> str:
+    """Return the text; raises InvalidWrite for what Postgres can't store as text."""
     if not isinstance(value, str):
         raise InvalidWrite(table, column, f"must be text, not {type(value).__name__}")
     if "\x00" in value:
@@ -191,13 +207,15 @@ def _check_bool(table: str, column: str, value: Any, _depth_max: int) -> bool:
 
 
 def _check_timestamp(table: str, column: str, value: Any, _depth_max: int) -> str:
-    text = _check_text(table, column, value)
+    text = check_text(table, column, value)
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise InvalidWrite(table, column, "must be an ISO 8601 timestamp") from None
     if moment.tzinfo is None:
         raise InvalidWrite(table, column, "must carry a UTC offset, such as +00:00")
+    if _TIMESTAMP.fullmatch(text) is None:
+        raise InvalidWrite(table, column, "must look like 2026-01-31T23:59:59.999999+00:00")
     return text
 
 
@@ -211,7 +229,7 @@ def _check_uuid(table: str, column: str, value: Any, _depth_max: int) -> str:
 def _check_text_array(table: str, column: str, value: Any, _depth_max: int) -> list[str]:
     if not isinstance(value, list):
         raise InvalidWrite(table, column, f"must be a list of texts, not {type(value).__name__}")
-    return [_check_text(table, f"{column}[{i}]", item) for i, item in enumerate(value)]
+    return [check_text(table, f"{column}[{i}]", item) for i, item in enumerate(value)]
 
 
 def _check_json(table: str, column: str, value: Any, depth_max: int) -> Any:
@@ -235,7 +253,7 @@ def _walk_json(table: str, path: str, value: Any, depth_left: int) -> None:
     if value is None or isinstance(value, bool):
         return
     if isinstance(value, str):
-        _check_text(table, path, value)
+        check_text(table, path, value)
     elif isinstance(value, int):
         _check_int(table, path, value, 0)
     elif isinstance(value, float):
@@ -245,14 +263,14 @@ def _walk_json(table: str, path: str, value: Any, depth_left: int) -> None:
             _walk_json(table, f"{path}[{index}]", item, depth_left - 1)
     elif isinstance(value, dict):
         for key, item in value.items():
-            _check_text(table, f"{path} key", key)
+            check_text(table, f"{path} key", key)
             _walk_json(table, f"{path}.{key}", item, depth_left - 1)
     else:
         raise InvalidWrite(table, path, f"{type(value).__name__} isn't a JSON value")
 
 
 _CHECKS: dict[str, Callable[[str, str, Any, int], Any]] = {
-    "text": _check_text,
+    "text": check_text,
     "int": _check_int,
     "float": _check_float,
     "bool": _check_bool,

@@ -7,6 +7,7 @@ LocalStoreError
 ├─ TransactionIdReused(txn_id)              nothing was written; the id has other content
 ├─ BufferFull(retry_after_s)                nothing was written; the drain frees space
 ├─ StoreClosed                              nothing was written; this store accepts no more
+├─ DiskFailed                               nothing was written; try again when the disk is well
 ├─ CommitUnknown(txn_id)                    it may have happened: repeat with the same txn_id
 ├─ StoreCorrupt(path)                       the file can't be trusted; nothing was written
 └─ SchemaTooNew(found, known)               written by newer code; nothing was touched
@@ -69,6 +70,10 @@ class BufferFull(LocalStoreError):
 
 class StoreClosed(LocalStoreError):
     """The store accepts no more calls here: closed, or opened by another process before a fork."""
+
+
+class DiskFailed(LocalStoreError):
+    """The disk or the file under SQLite failed before anything was committed."""
 
 
 class CommitUnknown(LocalStoreError):

@@ -126,10 +126,11 @@ def _predecessors(
     for op in ops:
         key = (op.table, op.id)
         earlier = _last_touch(connection, key, seq)
-        spec = tables[op.table]
-        parent_id = op.values.get(spec.parent[0]) if spec.parent else None
-        if spec.parent is not None and parent_id is not None:
-            after.update(dict.fromkeys(_last_touch(connection, (spec.parent[1], parent_id), seq)))
+        spec = tables.get(op.table)  # None: no longer registered, and still to be delivered
+        parent = spec.parent if spec else None
+        parent_id = op.values.get(parent[0]) if parent else None
+        if parent is not None and parent_id is not None:
+            after.update(dict.fromkeys(_last_touch(connection, (parent[1], parent_id), seq)))
         after.update(dict.fromkeys(earlier))
         follows = bool(earlier) or key in seen
         chained.append(follows and op.kind != "insert")
@@ -171,7 +172,7 @@ def record(
         " reply = ? WHERE seq = ?",
         (
             outcome.state,
-            now_s + outcome.retry_after_s if open_after else 0.0,
+            now_s + min(outcome.retry_after_s, DUE_AHEAD_MAX_S) if open_after else 0.0,
             None if open_after else now_iso,
             None if outcome.reply is None else orjson.dumps(outcome.reply).decode(),
             seq,

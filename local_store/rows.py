@@ -13,10 +13,12 @@ from typing import Any
 
 import orjson
 
+from local_store.door import INT_MAX, INT_MIN, canonical_uuid, check_text, lookup_id
 from local_store.errors import InvalidWrite, RowNotFound, VersionMismatch
-from local_store.ops import HeldRow, Row, TableSpec, WireOp
+from local_store.ops import HeldRow, Row, TableSpec, WireOp, user_uuid
 
 _IS_PENDING = "EXISTS (SELECT 1 FROM touches t WHERE t.tbl = r.tbl AND t.id = r.id)"
+_VERSION = f"CASE WHEN r.base IS NULL OR {_IS_PENDING} THEN r.touched_at ELSE r.base END"
 _READ = f"""
     SELECT r.id, r.user_id, r.body, r.base, r.touched_at, r.version, {_IS_PENDING}
     FROM rows r
@@ -90,7 +92,9 @@ def apply_op(
         raise VersionMismatch(op.table, op.id, expected_version, found[1])
     body = orjson.loads(found[0])
     if op.kind == "delete":
-        return body, _delete(connection, tables, spec.name, op.id, stamp)
+        return body, _delete(connection, tables, spec.name, op.id, author, stamp)
+    if spec.parent is not None and spec.parent[0] in op.values:
+        _check_parent(connection, spec, spec.parent, op.values[spec.parent[0]], author)
     before = {column: body.get(column) for column in op.values}
     parent_id = {**body, **op.values}.get(spec.parent[0]) if spec.parent else None
     connection.execute(
@@ -105,8 +109,8 @@ def _insert(
     connection: sqlite3.Connection, spec: TableSpec, op: WireOp, author: str, stamp: tuple[str, int]
 ) -> None:
     parent_id = op.values.get(spec.parent[0]) if spec.parent else None
-    if spec.parent is not None and _is_deleted(connection, spec.parent[1], str(parent_id)):
-        raise InvalidWrite(spec.name, spec.parent[0], f"the parent {parent_id} was deleted here")
+    if spec.parent is not None:
+        _check_parent(connection, spec, spec.parent, parent_id, author)
     body = dict(op.values)
     if "created_at" in spec.server_owned:
         body["created_at"] = stamp[0]  # the moment of acceptance; the server stores the same
@@ -128,9 +132,13 @@ def _delete(
     tables: Mapping[str, TableSpec],
     table: str,
     row_id: str,
+    author: str,
     stamp: tuple[str, int],
 ) -> list[tuple[str, str]]:
-    """Mark a row and its children deleted, as the server's cascade will."""
+    """Mark a row and its author's children of it deleted, as the server's cascade will.
+
+    Somebody else's row that names this parent stays: the server decides about it.
+    """
     connection.execute(
         "UPDATE rows SET deleted = 1, touched_at = ?, changed_at = ?, version = version + 1"
         " WHERE tbl = ? AND id = ?",
@@ -141,19 +149,29 @@ def _delete(
         if child.parent is None or child.parent[1] != table:
             continue
         children = connection.execute(
-            "SELECT id FROM rows WHERE parent_id = ? AND tbl = ? AND NOT deleted",
-            (row_id, child.name),
+            "SELECT id FROM rows WHERE parent_id = ? AND tbl = ? AND user_id = ? AND NOT deleted",
+            (row_id, child.name, author),
         ).fetchall()
         for (child_id,) in children:
-            touched += _delete(connection, tables, child.name, child_id, stamp)
+            touched += _delete(connection, tables, child.name, child_id, author, stamp)
     return touched
 
 
-def _is_deleted(connection: sqlite3.Connection, table: str, row_id: str) -> bool:
+def _check_parent(
+    connection: sqlite3.Connection,
+    spec: TableSpec,
+    parent: tuple[str, str],
+    parent_id: str | None,
+    author: str,
+) -> None:
+    """Refuse a parent that its author deleted; an unknown or foreign one is the server's affair."""
+    column, table = parent
     found = connection.execute(
-        "SELECT deleted FROM rows WHERE tbl = ? AND id = ?", (table, row_id)
+        "SELECT 1 FROM rows WHERE tbl = ? AND id = ? AND user_id = ? AND deleted",
+        (table, parent_id, author),
     ).fetchone()
-    return found is not None and bool(found[0])
+    if found is not None:
+        raise InvalidWrite(spec.name, column, f"the parent {parent_id} was deleted here")
 
 
 def settle_versions(
@@ -254,10 +272,17 @@ def _shown(spec: TableSpec, found: tuple[Any, ...]) -> Row:
 
 def _equals(spec: TableSpec, column: str, value: Any) -> tuple[str, list[Any]]:
     if column == spec.key:
-        return "r.id = ?", [value]
-    if spec.parent is not None and column == spec.parent[0]:
-        return "r.parent_id = ?", [value]
+        return "r.id = ?", [lookup_id(spec, value)]
     _check_column(spec, column)
+    _check_comparable(spec, column, value)
+    if spec.columns[column].type == "uuid" and value is not None and column != spec.owner:
+        value = canonical_uuid(value) or value
+    if column == spec.owner:
+        return "r.user_id = ?", [None if value is None else user_uuid(str(value))]
+    if column == spec.version:
+        return f"{_VERSION} IS ?", [value]
+    if spec.parent is not None and column == spec.parent[0]:
+        return ("r.parent_id IS NULL", []) if value is None else ("r.parent_id = ?", [value])
     if value is None:
         return f"json_extract(r.body, '$.{column}') IS NULL", []
     return f"json_extract(r.body, '$.{column}') = ?", [value]
@@ -270,6 +295,8 @@ def _order(spec: TableSpec, order_by: str | None) -> str:
     if column == spec.key:
         return f"r.id {direction}"
     _check_column(spec, column)
+    if column == spec.version:
+        return f"{_VERSION} {direction}, r.id {direction}"
     return f"json_extract(r.body, '$.{column}') {direction}, r.id {direction}"
 
 
@@ -277,6 +304,16 @@ def _check_column(spec: TableSpec, column: str) -> None:
     """Refuse any name that isn't a registered column: names become part of the statement."""
     if column not in spec.columns or not _PLAIN_NAME.match(column):
         raise InvalidWrite(spec.name, column, "no such column in this table")
+
+
+def _check_comparable(spec: TableSpec, column: str, value: Any) -> None:
+    """Refuse what SQLite can't compare with a column: equality is for plain values only."""
+    if isinstance(value, str):
+        check_text(spec.name, column, value)
+    elif isinstance(value, int) and not INT_MIN <= value <= INT_MAX:
+        raise InvalidWrite(spec.name, column, "is beyond 64 bits")
+    elif value is not None and not isinstance(value, int | float):
+        raise InvalidWrite(spec.name, column, "where compares text, numbers, booleans and null")
 
 
 def _dump(body: Row) -> str:

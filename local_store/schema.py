@@ -12,16 +12,18 @@ the write-ahead log. NORMAL loses acknowledged commits at a power loss.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from fcntl import LOCK_EX, LOCK_UN, flock
 from pathlib import Path
 
+import orjson
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
-from local_store.errors import SchemaTooNew, StoreCorrupt
+from local_store.errors import DiskFailed, LocalStoreError, SchemaTooNew, StoreCorrupt
 
 FILE_NAME = "buffer.db"
 LOCK_NAME = "buffer.lock"
@@ -117,8 +119,55 @@ def folder_lock(lock_fd: int) -> Iterator[None]:
         flock(lock_fd, LOCK_UN)
 
 
+def make_folder(folder: Path) -> None:
+    """Create the folder (mode 0700) and sync the entries that lead to it.
+
+    A synced file in a folder whose own entry was never synced can vanish with it at a power loss.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in missing:
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def clean_error(path: Path, error: BaseException) -> LocalStoreError | None:
+    """Say in this package's words what SQLite reported; None for anything else."""
+    code = getattr(error, "sqlite_errorcode", None)
+    undecodable = isinstance(error, sqlite3.OperationalError) and code is None
+    if undecodable or isinstance(error, UnicodeDecodeError | orjson.JSONDecodeError):
+        return StoreCorrupt(path, "damaged text")  # the original message quotes users' data
+    if not isinstance(error, sqlite3.DatabaseError) or code is None:
+        return None
+    if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return StoreCorrupt(path, str(error))
+    return DiskFailed(f"{path}: {error}; nothing was written")
+
+
+def open_file(path: Path, log_id: str) -> sqlite3.Connection:
+    """Open or create the buffer file; the folder lock is held.
+
+    Raises StoreCorrupt, SchemaTooNew, or sqlite3.Error when the disk refuses.
+    """
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    connection = connect(path)
+    try:
+        migrate(connection, log_id)
+        # A process that died between writing the log and syncing it leaves a transaction that
+        # everybody can read and a power loss can take. Its caller repeats the txn_id and is
+        # acknowledged without a write, so what was found here is made durable first.
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
 def connect(path: Path) -> sqlite3.Connection:
-    """Open the file for writing; raises StoreCorrupt when it isn't a database.
+    """Open the file for writing; raises sqlite3.DatabaseError when it isn't a database.
 
     Transactions are opened by hand (`isolation_level=None`), always with BEGIN IMMEDIATE: a
     deferred one that turns to writing gets SQLITE_BUSY at once, whatever the busy timeout.
@@ -131,21 +180,19 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = OFF")
-    except sqlite3.DatabaseError as error:
+    except BaseException:
         connection.close()
-        if isinstance(error, sqlite3.OperationalError):
-            raise
-        raise StoreCorrupt(path, str(error)) from error
+        raise
     return connection
 
 
 def migrate(connection: sqlite3.Connection, log_id: str) -> None:
     """Bring the file to the newest schema and give it an identity; the folder lock is held."""
     db = Database(connection)
-    known = {migration.name for migration in migrations._migrations}
+    known = [migration.name for migration in migrations._migrations]
     foreign = [m.name for m in migrations.applied(db) if m.name not in known]
     if foreign:
-        raise SchemaTooNew(foreign[-1], list(known)[-1])
+        raise SchemaTooNew(foreign[-1], known[-1])
     if migrations.pending(db):
         migrations.apply(db)
     connection.execute("INSERT OR IGNORE INTO meta VALUES ('log_id', ?)", (log_id,))

@@ -19,14 +19,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import orjson
+
 from local_store import op_log, rows, schema
 from local_store.clock import Clock, SystemClock, isoformat, new_id
-from local_store.door import Accepted, DoorLimits, accept, canonical_uuid
+from local_store.door import Accepted, DoorLimits, accept, canonical_uuid, lookup_id
 from local_store.errors import (
     BufferFull,
     CommitUnknown,
     InvalidWrite,
     StoreClosed,
+    StoreCorrupt,
     TransactionIdReused,
 )
 from local_store.ops import (
@@ -92,13 +95,14 @@ class LocalStore:
 
         `limits` are the fields of StoreLimits, in bytes, counts and seconds. Simultaneous first
         starts are safe. Raises StoreCorrupt when the file isn't a database, SchemaTooNew when newer
-        code wrote it.
+        code wrote it, DiskFailed or OSError when the disk refuses.
         """
         path = Path(folder)
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        schema.make_folder(path)
         store = cls(path, by_name(tables), StoreLimits(**limits), clock or SystemClock(), ids)
         try:
-            store._connect()
+            with store._lock:
+                store._connect()
         except BaseException:
             store.close()
             raise
@@ -106,13 +110,16 @@ class LocalStore:
 
     def close(self) -> None:
         """Stop accepting and close the file; everything acknowledged is already durable."""
+        if self._pid != os.getpid():
+            return  # after a fork the file, and the lock that both share, are the parent's
         with self._lock:
             connection, self._connection = self._connection, None
+            lock_fd, self._lock_fd = self._lock_fd, -1
             if connection is not None:
-                connection.close()
-            if self._lock_fd >= 0:
-                os.close(self._lock_fd)
-                self._lock_fd = -1
+                with schema.folder_lock(lock_fd):  # the last one to close checkpoints
+                    connection.close()
+            if lock_fd >= 0:
+                os.close(lock_fd)
 
     def __enter__(self) -> Self:
         return self
@@ -147,8 +154,8 @@ class LocalStore:
 
         Durable against power loss when it returns (WAL, synchronous=FULL): durability `host`.
         The same `txn_id` with the same content returns the first receipt again.
-        Raises InvalidWrite, VersionMismatch, TransactionIdReused, BufferFull or StoreClosed: then
-        nothing was written; CommitUnknown: repeat with the same txn_id.
+        Raises InvalidWrite, VersionMismatch, TransactionIdReused, BufferFull, DiskFailed or
+        StoreClosed: then nothing was written; CommitUnknown: repeat with the same txn_id.
         """
         author = user_uuid(user_id)
         accepted = accept(ops, self._tables, author, self._limits)
@@ -216,8 +223,12 @@ class LocalStore:
 
         Somebody else's row is absent. Rows carry `_version` (int) and `_pending` (bool).
         """
+        spec = self._spec(table)
+        row_id = lookup_id(spec, id)
         with self._reading() as connection:
-            return rows.get(connection, self._spec(table), id, user_uuid(user_id))
+            return (
+                None if row_id is None else rows.get(connection, spec, row_id, user_uuid(user_id))
+            )
 
     def select(
         self,
@@ -239,8 +250,9 @@ class LocalStore:
 
     def is_held(self, table: str, id: str, *, user_id: str) -> bool:
         """Tell whether this user's row, or its deletion, is known here."""
+        row_id = lookup_id(self._spec(table), id)
         with self._reading() as connection:
-            return rows.held(connection, self._spec(table).name, id, user_uuid(user_id))
+            return row_id is not None and rows.held(connection, table, row_id, user_uuid(user_id))
 
     def change_counter(self) -> int:
         """Return a number that grows with each local change; read it before asking the server."""
@@ -296,7 +308,7 @@ class LocalStore:
     def state(self, txn_id: str) -> TransactionState | None:
         """Return where a transaction stands; None when it was never accepted here."""
         with self._reading() as connection:
-            return op_log.state_of(connection, txn_id)
+            return op_log.state_of(connection, canonical_uuid(txn_id) or "")
 
     def reply(self, txn_id: str) -> Any:
         """Return the server's evidence kept with a transaction that it didn't apply, or None."""
@@ -307,8 +319,9 @@ class LocalStore:
         self, table: str, id: str, *, user_id: str
     ) -> list[tuple[str, int, TransactionState]]:
         """Return (txn_id, seq, state) of what isn't settled on a row or its children."""
+        row_id = lookup_id(self._spec(table), id) or ""
         with self._reading() as connection:
-            return op_log.unsettled_of(connection, self._spec(table).name, id, user_uuid(user_id))
+            return op_log.unsettled_of(connection, table, row_id, user_uuid(user_id))
 
     def entries(self, *, after_seq: int = 0, limit: int = 5_000) -> list[LogEntry]:
         """Return the log without its ops, in seq order, for an audit."""
@@ -347,64 +360,71 @@ class LocalStore:
         return spec
 
     def _connect(self) -> None:
-        path = self._folder / schema.FILE_NAME
-        with schema.folder_lock(self._lock_fd):
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            connection = schema.connect(path)
-            try:
-                schema.migrate(connection, self._ids())
-            except BaseException:
-                connection.close()
-                raise
-        self._connection = connection
+        with schema.folder_lock(self._lock_fd), self._cleanly():
+            self._connection = schema.open_file(self._folder / schema.FILE_NAME, self._ids())
 
     def _open_connection(self) -> sqlite3.Connection:
-        if self._pid != os.getpid():
-            # SQLite's locks don't survive a fork: acknowledgements here would go nowhere.
-            raise StoreClosed("this store was opened before a fork; open the folder again")
-        if self._connection is None:
+        if self._lock_fd < 0:
             raise StoreClosed("this store is closed")
+        if self._connection is None:  # given up after a failed commit
+            self._connect()
+        assert self._connection is not None
         return self._connection
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
+        self._check_process()
+        with self._lock, self._cleanly():
             yield self._open_connection()
 
     @contextmanager
     def _transaction(self, what: str) -> Iterator[sqlite3.Connection]:
         """Run the body in one SQLite transaction; durable when the block has ended."""
-        with self._lock:
+        self._check_process()
+        with self._lock, self._cleanly():
             connection = self._open_connection()
             with schema.folder_lock(self._lock_fd):
                 connection.execute("BEGIN IMMEDIATE")
                 try:
                     yield connection
-                except BaseException as error:
+                except BaseException:
                     connection.rollback()
-                    raise self._as_full(error) or error from None
+                    raise
                 self._commit(connection, what)
 
     def _commit(self, connection: sqlite3.Connection, what: str) -> None:
         try:
             connection.execute("COMMIT")
         except sqlite3.Error as error:
-            full = self._as_full(error)
-            if full is not None:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
                 connection.rollback()
-                raise full from error
+                raise
             # After a failed fsync the page cache may claim what the disk never got, so nothing
-            # this handle says can be trusted: open the file afresh, from what is on the disk.
+            # this handle says can be trusted. The next call opens the file afresh; if the disk
+            # still fails then, that call is refused and the one after it tries again.
             self._connection = None
             connection.close()
-            path = self._folder / schema.FILE_NAME
-            self._connection = schema.connect(path)
             raise CommitUnknown(what, str(error)) from error
 
-    def _as_full(self, error: BaseException) -> BufferFull | None:
-        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-            return BufferFull(self._limits.full_retry_after_s, "the disk is full")
-        return None
+    @contextmanager
+    def _cleanly(self) -> Iterator[None]:
+        """Turn what SQLite reports into this package's errors; all mean that nothing happened."""
+        try:
+            yield
+        except (sqlite3.DatabaseError, UnicodeDecodeError, orjson.JSONDecodeError) as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                full = BufferFull(self._limits.full_retry_after_s, "the disk is full")
+                raise full from error
+            clean = schema.clean_error(self._folder / schema.FILE_NAME, error)
+            if clean is None:
+                raise
+            raise clean from None if isinstance(clean, StoreCorrupt) else error
+
+    def _check_process(self) -> None:
+        """Refuse after a fork, before the lock: another thread may have held it at that moment."""
+        if self._pid != os.getpid():
+            # SQLite's locks don't survive a fork: acknowledgements here would go nowhere.
+            raise StoreClosed("this store was opened before a fork; open the folder again")
 
 
 def _totals(connection: sqlite3.Connection) -> tuple[int, int, int, int]:

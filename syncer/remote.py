@@ -11,7 +11,7 @@ import ssl
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import httpx
 import postgrest
@@ -32,8 +32,6 @@ from syncer.errors import (
     SyncError,
 )
 from syncer.settings import Settings
-
-T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 5.0
 # Above the RPC's own statement_timeout (20 s), so that the server gives up first and says so; below
@@ -85,6 +83,7 @@ class SupabaseRemote:
         self._client: Client | None = None
         self._http: httpx.Client | None = None
         self._transport_failures = 0
+        self._calls: set[_Call] = set()
 
     @classmethod
     def from_settings(cls, settings: Settings) -> SupabaseRemote:
@@ -126,6 +125,11 @@ class SupabaseRemote:
             raise ReplyUnreadable("the audit's reply carries no logs", hint="ask again")
         return reply
 
+    def give_up_calls(self) -> None:
+        """Let every call under way end now with an unknown outcome, for a shutdown in time."""
+        for call in tuple(self._calls):
+            call.give_up()
+
     def close(self) -> None:
         """Close the connections; the next call opens new ones."""
         with self._lock:
@@ -136,12 +140,16 @@ class SupabaseRemote:
     def _call(self, function: str, params: Row, timeout_s: float | None = None) -> Any:
         deadline_s = CALL_DEADLINE_S if timeout_s is None else timeout_s
         client = self._connected()
+        call = _Call(lambda: _execute(client, function, params))
+        self._calls.add(call)
         try:
-            reply = _within(deadline_s, lambda: _execute(client, function, params))
+            reply = call.wait(deadline_s)
         except SyncError as error:
             if isinstance(error, RemoteUnavailable | ReplyTimedOut | ReplyUnreadable):
                 self._count_failure()
             raise
+        finally:
+            self._calls.discard(call)
         self._transport_failures = 0
         return reply
 
@@ -251,30 +259,39 @@ def _retry_after_s(header: str | None) -> float | None:
         return 0.0
 
 
-def _within(deadline_s: float, call: Callable[[], T]) -> T:
-    """Run `call` with an overall deadline; raises ReplyTimedOut and abandons the call.
+class _Call:
+    """One call in a thread of its own, with an overall deadline.
 
     A thread per call costs ~50 µs beside a network round trip, and it is the only bound that holds
-    against a reply that drips.
+    against a reply that drips. A call given up goes on to its own end and nobody reads its outcome.
     """
-    done = threading.Event()
-    outcome: list[T] = []
-    failure: list[BaseException] = []
 
-    def run() -> None:
-        try:
-            outcome.append(call())
-        except BaseException as error:
-            failure.append(error)
-        finally:
-            done.set()
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self._done = threading.Event()
+        self._outcome: Any = None
+        self._failure: BaseException | None = None
 
-    threading.Thread(target=run, name="syncer-call", daemon=True).start()
-    if not done.wait(deadline_s):
-        raise ReplyTimedOut(
-            f"no complete reply within {deadline_s:g} s",
-            hint="the outcome is unknown; the same ids are resent",
+    def wait(self, deadline_s: float) -> Any:
+        """Run the call and return its outcome; raises ReplyTimedOut when the time is over."""
+        threading.Thread(target=self._run, name="syncer-call", daemon=True).start()
+        if not self._done.wait(deadline_s):
+            self.give_up()
+        if self._failure is not None:
+            raise self._failure
+        return self._outcome
+
+    def give_up(self) -> None:
+        """Let the waiting thread go on, with an unknown outcome."""
+        self._failure = ReplyTimedOut(
+            "no complete reply in time", hint="the outcome is unknown; the same ids are resent"
         )
-    if failure:
-        raise failure[0]
-    return outcome[0]
+        self._done.set()
+
+    def _run(self) -> None:
+        try:
+            self._outcome = self._call()
+        except BaseException as error:
+            self._failure = self._failure or error
+        finally:
+            self._done.set()

@@ -93,3 +93,12 @@ class Settings(BaseSettings):
                 hint="the worker needs the secret key; find it in the project's API settings",
             )
         return self.supabase_url, self.supabase_secret_key.get_secret_value()
+
+
+def store_limits(settings: Settings) -> dict[str, Any]:
+    """Return the limits that `LocalStore.open` takes."""
+    return {
+        "buffer_bytes_max": settings.buffer_bytes_max,
+        "buffer_transactions_max": settings.buffer_transactions_max,
+        "op_bytes_max": settings.op_bytes_max,
+    }

@@ -25,7 +25,7 @@ from syncer.service.log_setup import set_up_logging
 from syncer.service.output import show_audit, show_document, show_flush, show_status, told
 from syncer.service.supabase_commands import supabase_app
 from syncer.sessions.tables import SESSION_TABLES
-from syncer.settings import Settings
+from syncer.settings import Settings, store_limits
 
 EXIT_TROUBLE, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 3
 
@@ -116,7 +116,9 @@ def worker(data_dir: DataDir = None) -> None:
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
-    with LocalStore.open(settings.data_dir, tables=SESSION_TABLES, **_limits(settings)) as store:
+    with LocalStore.open(
+        settings.data_dir, tables=SESSION_TABLES, **store_limits(settings)
+    ) as store:
         flusher = _flusher(store, settings)
         told(f"delivering {settings.data_dir} to {settings.supabase_url}")
         while not stopping.is_set():
@@ -188,14 +190,6 @@ def _settings(data_dir: Path | None) -> Settings:
     return Settings.load(**_given(data_dir=data_dir))
 
 
-def _limits(settings: Settings) -> dict[str, int]:
-    return {
-        "buffer_bytes_max": settings.buffer_bytes_max,
-        "buffer_transactions_max": settings.buffer_transactions_max,
-        "op_bytes_max": settings.op_bytes_max,
-    }
-
-
 def _holds_buffer(folder: Path) -> bool:
     return (folder / "buffer.db").exists()
 
@@ -208,7 +202,7 @@ def _existing_store(settings: Settings) -> LocalStore:
             f"{os.fspath(settings.data_dir)} holds no buffer",
             hint="name the folder the API writes to, with --data-dir",
         )
-    return LocalStore.open(settings.data_dir, tables=SESSION_TABLES, **_limits(settings))
+    return LocalStore.open(settings.data_dir, tables=SESSION_TABLES, **store_limits(settings))
 
 
 def _flusher(store: LocalStore, settings: Settings) -> Flusher:

@@ -1,0 +1,275 @@
+"""What an application does with sessions: create, refine, roll back, finish.
+
+Coroutines; everything that blocks runs off the event loop. A change is read, made and stored; when
+somebody else changed the session in between, it is made again on what they left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol, TypeVar, cast
+
+from local_store import TransactionIdReused
+from syncer.sessions.errors import (
+    ConcurrentModificationError,
+    DraftNotFound,
+    IdempotencyMismatch,
+    SessionNotFound,
+)
+from syncer.sessions.models import (
+    HoleResolution,
+    IRDraft,
+    PromptRevision,
+    PromptSession,
+    ResolutionType,
+    SessionSource,
+    hole_ids,
+    timestamp_now,
+)
+from syncer.sessions.store_api import RequestKey, SessionStore
+from syncer.sessions.tables import SESSIONS
+from syncer.sessions.translate import IR, SketchTranslator, Translate, Translator, TranslatorOf
+
+T = TypeVar("T")
+Make = Callable[[PromptSession], Awaitable[None]]
+
+CHANGE_ATTEMPTS_MAX = 64  # each lost race means that another change of the session got through
+
+
+class OffLoop(Protocol):
+    """Runs a blocking call in a thread and waits for it without blocking the event loop."""
+
+    def __call__(self, call: Callable[..., T], /, *args: Any) -> Awaitable[T]:
+        """Return what `call(*args)` returns."""
+        ...
+
+
+async def _to_thread(call: Callable[..., T], /, *args: Any) -> T:
+    return await asyncio.to_thread(call, *args)
+
+
+class SpecSessionManager:
+    """Plays the life of prompt sessions on one user's store.
+
+    `translate` is a Translator, or a callable from prompt to IR, sync or async, that may carry a
+    `fill`. With `request` a repeated call has one effect and gives the same session again; the
+    same key for anything else raises IdempotencyMismatch.
+    """
+
+    def __init__(
+        self,
+        store: SessionStore,
+        translate: Translator | Translate | None = None,
+        *,
+        off_loop: OffLoop = _to_thread,
+    ) -> None:
+        self._store = store
+        self._translator = _translator(translate)
+        self._off_loop = off_loop
+
+    async def create_from_prompt(
+        self,
+        prompt: str,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        request: RequestKey | None = None,
+    ) -> PromptSession:
+        """Create a session from a prompt: its initial revision and its first draft."""
+
+        async def make(session: PromptSession) -> None:
+            ir = await self._called(self._translator.translate, prompt)
+            session.add_revision(PromptRevision(content=prompt, revision_type="initial"))
+            session.add_draft(_draft(ir, 1))
+
+        return await self._create("prompt", metadata, make, request)
+
+    async def create_from_reverse_mode(
+        self,
+        ir: Mapping[str, Any],
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        request: RequestKey | None = None,
+    ) -> PromptSession:
+        """Create a session from an IR that was lifted from code."""
+
+        async def make(session: PromptSession) -> None:
+            session.add_draft(_draft(copy.deepcopy(dict(ir)), 1))
+
+        return await self._create("reverse_mode", metadata, make, request)
+
+    async def resolve_hole(
+        self,
+        session_id: str,
+        hole_id: str,
+        text: str,
+        type: ResolutionType = "clarify_intent",
+        *,
+        request: RequestKey | None = None,
+    ) -> PromptSession:
+        """Answer a hole: the answer, a revision that says it, and a new draft with it worked in.
+
+        Unknown hole ids are accepted, and a hole may be answered again. Raises SessionNotFound.
+        """
+
+        async def make(session: PromptSession) -> None:
+            now = timestamp_now()
+            resolution = HoleResolution(
+                hole_id=hole_id, resolution_text=text, resolution_type=type, timestamp=now
+            )
+            session.add_resolution(resolution)
+            session.add_revision(
+                PromptRevision(
+                    timestamp=now, content=text, revision_type="hole_fill", target_hole=hole_id
+                )
+            )
+            draft = session.current_draft
+            if draft is None:
+                return  # nothing to work it into: the answer stays unapplied
+            ir = copy.deepcopy(draft.ir)  # the older draft stays as it was, whatever fill does
+            ir = await self._called(self._translator.fill, ir, hole_id, text, type)
+            session.add_draft(_draft(ir, _next_version(session)))
+            resolution.applied = True
+
+        return await self._change(session_id, make, request)
+
+    async def finalize(
+        self, session_id: str, *, request: RequestKey | None = None
+    ) -> PromptSession:
+        """Declare the session done, with or without open holes. Raises SessionNotFound."""
+
+        async def make(session: PromptSession) -> None:
+            session.finalize()
+
+        return await self._change(session_id, make, request)
+
+    finalize_session = finalize
+
+    async def abandon(self, session_id: str, *, request: RequestKey | None = None) -> PromptSession:
+        """Declare the session given up. Raises SessionNotFound."""
+
+        async def make(session: PromptSession) -> None:
+            session.abandon()
+
+        return await self._change(session_id, make, request)
+
+    async def rollback(
+        self, session_id: str, version: int, *, request: RequestKey | None = None
+    ) -> PromptSession:
+        """Make an older draft the current one again, as a new draft: history only grows.
+
+        Of several drafts of that version the last counts. Raises DraftNotFound, SessionNotFound.
+        """
+
+        async def make(session: PromptSession) -> None:
+            found = [draft for draft in session.ir_drafts if draft.version == version]
+            if not found:
+                raise DraftNotFound(session_id, version)
+            changes = {"version": _next_version(session), "created_at": timestamp_now()}
+            session.add_draft(IRDraft.from_dict({**found[-1].to_dict(), **changes}))
+
+        return await self._change(session_id, make, request)
+
+    async def get_session(self, session_id: str) -> PromptSession | None:
+        """Return the session, or None when there is none."""
+        return await self._off_loop(self._store.get, session_id)
+
+    async def list_active_sessions(self) -> list[PromptSession]:
+        """Return the active sessions, newest first."""
+        return await self._off_loop(self._store.list_active)
+
+    async def delete_session(
+        self, session_id: str, *, request: RequestKey | None = None
+    ) -> PromptSession | None:
+        """Delete the session with its history and return what it was.
+
+        A repeated request returns None: what it deleted is gone. Raises SessionNotFound.
+        """
+
+        def delete() -> PromptSession | None:
+            session = self._store.load(session_id)
+            if session is None and not (request is not None and self._store.knows(request)):
+                raise SessionNotFound(session_id)
+            try:
+                self._store.delete(session_id, request=request)
+            except TransactionIdReused:
+                raise IdempotencyMismatch from None
+            return session
+
+        return await self._off_loop(delete)
+
+    async def _create(
+        self,
+        source: SessionSource,
+        metadata: Mapping[str, Any] | None,
+        make: Make,
+        request: RequestKey | None,
+    ) -> PromptSession:
+        session = PromptSession.create_new(source=source, metadata=metadata)
+        session.user_id = self._store.user_id
+        if request is not None:
+            session.session_id = request.row_id(SESSIONS)
+            made = await self._off_loop(self._store.created_by, request)
+            if made is not None:
+                return made
+        await make(session)
+        try:
+            await self._off_loop(lambda: self._store.create(session, request=request))
+        except TransactionIdReused:
+            # The same request, sent twice at once: the other one was faster.
+            made = await self._off_loop(self._store.created_by, cast("RequestKey", request))
+            if made is None:
+                raise IdempotencyMismatch from None
+            return made
+        return session
+
+    async def _change(
+        self, session_id: str, make: Make, request: RequestKey | None
+    ) -> PromptSession:
+        for _attempt in range(CHANGE_ATTEMPTS_MAX):
+            session, is_done = await self._off_loop(self._loaded, session_id, request)
+            if is_done:
+                return session
+            await make(session)
+            try:
+                await self._off_loop(self._updated, session, request)
+            except (ConcurrentModificationError, TransactionIdReused):
+                continue  # make it again on what the others left, or find that it was made
+            return session
+        raise ConcurrentModificationError(session_id, ["*"])
+
+    def _loaded(self, session_id: str, request: RequestKey | None) -> tuple[PromptSession, bool]:
+        session = self._store.load(session_id)
+        if session is None:
+            raise SessionNotFound(session_id)
+        return session, request is not None and self._store.is_repeat(request, session)
+
+    def _updated(self, session: PromptSession, request: RequestKey | None) -> None:
+        self._store.update(session, request=request)
+
+    async def _called(self, call: Callable[..., IR | Awaitable[IR]], *args: Any) -> IR:
+        if inspect.iscoroutinefunction(call):
+            return cast("IR", await call(*args))
+        result = await self._off_loop(call, *args)
+        return await result if inspect.isawaitable(result) else result
+
+
+def _translator(translate: Translator | Translate | None) -> Translator:
+    if translate is None:
+        return SketchTranslator()
+    if hasattr(translate, "translate"):
+        return cast("Translator", translate)
+    fill = getattr(translate, "fill", SketchTranslator().fill)
+    return TranslatorOf(translate, fill)
+
+
+def _draft(ir: IR, version: int) -> IRDraft:
+    holes = hole_ids(ir)
+    status = "incomplete" if holes else "pending"
+    return IRDraft(version=version, ir=ir, validation_status=status, ambiguities=holes)
+
+
+def _next_version(session: PromptSession) -> int:
+    return max((draft.version for draft in session.ir_drafts), default=0) + 1
