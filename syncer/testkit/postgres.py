@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pwd
 import shutil
@@ -17,6 +18,7 @@ from local_store.clock import Clock, SystemClock
 from syncer.testkit.processes import PidFile, spawn
 
 READY_TIMEOUT_S = 30.0
+SHARED_HOME = Path("/var/lib/supabase-syncer")
 _UNPRIVILEGED = ("postgres", "nobody")
 
 
@@ -63,11 +65,12 @@ class Cluster:
 
     def __init__(self, folder: Path, port: int, password: str, clock: Clock | None = None) -> None:
         self._folder = folder
-        self._data = folder / "data"
+        self._uid = run_as()
+        self._home = _home(folder, self._uid)
+        self._data = self._home / "data"
         self._port = port
         self._password = password
         self._clock = clock or SystemClock()
-        self._uid = run_as()
         self._pid_file = PidFile(folder / "postgres.pid", self._clock)
         self.url = f"postgresql://postgres:{password}@127.0.0.1:{port}/postgres"
 
@@ -81,11 +84,12 @@ class Cluster:
         if (self._data / "PG_VERSION").exists():
             return
         bin_folder = self._binaries()
-        with tempfile.NamedTemporaryFile("w", dir=self._folder, delete=False) as handed:
+        self._home.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=self._home, delete=False) as handed:
             handed.write(self._password)
         password_file = Path(handed.name)
         try:
-            self._own(password_file, self._folder)
+            self._own(password_file, self._home)
             self._run(
                 [
                     str(bin_folder / "initdb"),
@@ -180,6 +184,18 @@ def _copied(bin_folder: Path) -> Path:
             copy.chmod(0o755)
             copy.rename(target)
     return target
+
+
+def _home(folder: Path, uid: int | None) -> Path:
+    """Return where the cluster lives: in `folder`, unless the server's user can't walk to it.
+
+    Root's own folders are closed to everybody else; the cluster then stands under a shared place,
+    named after the folder it belongs to.
+    """
+    if uid is None or _reachable(folder, uid):
+        return folder
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    return SHARED_HOME / name
 
 
 def _reachable(folder: Path, uid: int) -> bool:
