@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -130,8 +131,14 @@ class _RequestEdge:
             try:
                 await self._app(scope, receive, send_with_id)
             except Exception as error:
-                # The edge of the service: the traceback is logged, without any request content.
-                log.exception("request_failed", path=scope["path"], error=type(error).__name__)
+                # The service's edge. Where it happened is logged; not the error's own text, which
+                # may quote what a user wrote.
+                log.error(
+                    "request_failed",
+                    route=getattr(scope.get("route"), "path", None),
+                    error=type(error).__name__,
+                    where="".join(traceback.format_tb(error.__traceback__)),
+                )
                 if started:
                     raise
                 await reply_to(error).response(request_id)(scope, receive, send_with_id)

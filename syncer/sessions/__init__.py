@@ -25,7 +25,7 @@ from syncer.sessions.session_store import BufferedSessionStore
 from syncer.sessions.store_api import RequestKey, SessionPage, SessionStore, SyncInfo
 from syncer.sessions.tables import SESSION_TABLES
 from syncer.sessions.translate import SketchTranslator, Translator
-from syncer.settings import Settings
+from syncer.settings import Settings, store_limits
 
 __all__ = [
     "SESSION_TABLES",
@@ -63,9 +63,7 @@ def open_session_store(
     local = LocalStore.open(
         settings.data_dir if data_dir is None else data_dir,
         tables=SESSION_TABLES,
-        buffer_bytes_max=settings.buffer_bytes_max,
-        buffer_transactions_max=settings.buffer_transactions_max,
-        op_bytes_max=settings.op_bytes_max,
+        **store_limits(settings),
     )
     reads = guarded_reads(settings)
     return BufferedSessionStore(

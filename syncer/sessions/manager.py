@@ -241,10 +241,12 @@ class SpecSessionManager:
         raise ConcurrentModificationError(session_id, ["*"])
 
     def _loaded(self, session_id: str, request: RequestKey | None) -> tuple[PromptSession, bool]:
+        """Return the session and whether this request changed it already."""
+        known = request is not None and self._store.knows(request)
         session = self._store.load(session_id)
         if session is None:
             raise SessionNotFound(session_id)
-        return session, request is not None and self._store.is_repeat(request, session)
+        return session, request is not None and self._store.is_repeat(request, session, known)
 
     def _updated(self, session: PromptSession, request: RequestKey | None) -> None:
         self._store.update(session, request=request)

@@ -78,11 +78,9 @@ class BufferedSessionStore:
         self._clock = clock or SystemClock()
         self._ids = ids
         self._owns_store = owns_store
-        self._through = (
-            None
-            if remote is None
-            else ReadThrough(store, user_id, remote, read_budget_s, self._clock)
-        )
+        self._through: ReadThrough | None = None
+        if remote is not None:
+            self._through = ReadThrough(store, user_id, remote, read_budget_s, self._clock)
         self.last_receipt: Receipt | None = None
 
     @property
@@ -168,22 +166,22 @@ class BufferedSessionStore:
         except RowNotFound:
             return  # somebody else was faster
 
-    def is_repeat(self, request: RequestKey, session: PromptSession | None) -> bool:
-        """Tell whether `session` carries this request already.
+    def knows(self, request: RequestKey) -> bool:
+        """Tell whether the key was used before, for whatever."""
+        return self._store.state(request.txn_id) is not None
 
-        Raises IdempotencyMismatch when its key was used for anything else.
+    def is_repeat(self, request: RequestKey, session: PromptSession | None, known: bool) -> bool:
+        """Tell whether `session` carries this request; `known` is from before it was read.
+
+        Raises IdempotencyMismatch when the key was used for anything else.
         """
         base: Snapshot | None = None if session is None else session._base
         seen = None if base is None else base.requests.get(request.txn_id)
         if seen == request.fingerprint:
             return True
-        if seen is not None or self.knows(request):
+        if seen is not None or known:
             raise IdempotencyMismatch
         return False
-
-    def knows(self, request: RequestKey) -> bool:
-        """Tell whether the key was used before, for whatever."""
-        return self._store.state(request.txn_id) is not None
 
     def created_by(self, request: RequestKey) -> PromptSession | None:
         """Return the session that this very request created, None when it is new.
@@ -192,11 +190,13 @@ class BufferedSessionStore:
         Raises IdempotencyMismatch; SessionNotFound when that session was deleted since.
         """
         session_id = request.row_id(SESSIONS)
+        # In this order: a twin of this request may be writing between any two of these reads.
+        known, is_held = self.knows(request), self._is_held(session_id)
         rows = self._rows(session_id)
-        if rows is None and self._is_held(session_id):
+        if rows is None and is_held:
             raise SessionNotFound(session_id)
         session = None if rows is None else assemble(session_id, snapshot_of(rows))
-        return session if self.is_repeat(request, session) else None
+        return session if self.is_repeat(request, session, known) else None
 
     # -- reads ------------------------------------------------------------------------------------
 
@@ -365,8 +365,6 @@ class BufferedSessionStore:
                     part.table, user_id=self._user_id, where=where, limit=-1
                 )
         return found
-
-    # -- small things -----------------------------------------------------------------------------
 
     def _write(self, ops: list[Op], request: RequestKey | None) -> None:
         txn_id = None if request is None else request.txn_id

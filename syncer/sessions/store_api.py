@@ -114,8 +114,11 @@ class SessionStore(Protocol):
         """Tell whether the key was used before, for whatever."""
         ...
 
-    def is_repeat(self, request: RequestKey, session: PromptSession | None) -> bool:
-        """Tell whether `session` carries this very request; raises IdempotencyMismatch."""
+    def is_repeat(self, request: RequestKey, session: PromptSession | None, known: bool) -> bool:
+        """Tell whether `session` carries this request; `known` is from before it was read.
+
+        Raises IdempotencyMismatch when the key was used for anything else.
+        """
         ...
 
     def created_by(self, request: RequestKey) -> PromptSession | None:

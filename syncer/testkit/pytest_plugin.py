@@ -5,12 +5,16 @@ Registered as a pytest plugin by the distribution; nothing heavy is imported bef
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from local_store import TableSpec
+    from syncer.testkit.buffer import BufferedApp
+    from syncer.testkit.fault_proxy import FaultProxy
     from syncer.testkit.local_supabase import LocalSupabase
 
 
@@ -37,3 +41,33 @@ def fresh_supabase(local_supabase: LocalSupabase) -> LocalSupabase:
         if found:
             connection.execute(f"truncate {', '.join(name for (name,) in found)} cascade")
     return local_supabase
+
+
+@pytest.fixture
+def fault_proxy(fresh_supabase: LocalSupabase) -> Iterator[FaultProxy]:
+    """A proxy in front of the run's Supabase: point the application at `fault_proxy.url`."""
+    from syncer.testkit.fault_proxy import FaultProxy
+
+    host, port = fresh_supabase.url.removeprefix("http://").split(":")
+    with FaultProxy.start(host, int(port)) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def buffered_store(
+    fresh_supabase: LocalSupabase, fault_proxy: FaultProxy, tmp_path: Path
+) -> Iterator[Callable[..., BufferedApp]]:
+    """Make containers: each `buffered_store(tables)` is a buffer that delivers by the proxy."""
+    from syncer.testkit.buffer import BufferedApp
+
+    made: list[BufferedApp] = []
+
+    def make(tables: Sequence[TableSpec], **limits: Any) -> BufferedApp:
+        folder = tmp_path / f"buffer-{len(made)}"
+        app = BufferedApp(folder, tables, fault_proxy.url, fresh_supabase.secret_key, **limits)
+        made.append(app)
+        return app
+
+    yield make
+    for app in made:
+        app.close()

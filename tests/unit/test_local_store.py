@@ -141,6 +141,8 @@ def test_a_foreign_user_sees_and_changes_nothing(store: LocalStore):
             assert str(foreign.value).replace(other_id, "") == str(absent.value).replace(
                 unknown.id, ""
             )
+        with pytest.raises(InvalidWrite, match="taken"):
+            add(store, id=other_id, user=OTHER)
     assert store.select("notes", user_id=OTHER) == []
     assert store.select("notes", user_id=OTHER, where={"id": row_id}) == []
     assert store.select("notes", user_id=OTHER, where={"user_id": USER}) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from local_store import Insert, LocalStore, StoreClosed, Update, VersionMismatch
-from local_store.clock import new_id
+from local_store.clock import SystemClock, new_id
 from syncer.testkit.disk_faults import DiskFaults
 from tests.unit.buffer_tables import TABLES, USER, add, waiting
 
@@ -191,22 +192,39 @@ def test_a_store_from_before_a_fork_refuses_in_the_child_and_works_in_the_parent
         assert [txn.seq for txn in waiting(store)] == [1, 2, 3]
 
 
+class Gate(SystemClock):
+    """A clock whose sleepers wait until the gate is opened."""
+
+    def __init__(self) -> None:
+        self.entered, self.opened = threading.Event(), threading.Event()
+
+    def sleep(self, seconds: float) -> None:
+        self.entered.set()
+        self.opened.wait(DEADLINE_S)
+
+
 def test_a_fork_during_a_write_neither_hangs_nor_unlocks(tmp_path: Path):
-    with DiskFaults(tmp_path) as disk, LocalStore.open(tmp_path, tables=TABLES) as store:
-        disk.slow_sync(0.3, "-wal")
+    gate = Gate()
+    with (
+        DiskFaults(tmp_path, clock=gate) as disk,
+        LocalStore.open(tmp_path, tables=TABLES) as store,
+    ):
+        disk.slow_sync(1, "-wal", times=1)
         writer = threading.Thread(target=add, args=(store,))
         writer.start()
-        while not store._lock._is_owned() and writer.is_alive():  # type: ignore[attr-defined]
-            if not store._lock.acquire(blocking=False):
-                break
-            store._lock.release()
+        assert gate.entered.wait(DEADLINE_S)  # in the sync: it holds the thread and folder locks
 
         def child() -> None:
-            signal.alarm(10)
+            signal.alarm(10)  # a hang would be a kill
             with pytest.raises(StoreClosed):
                 add(store)
             store.close()
 
-        assert in_fork(child) == 0
+        try:
+            assert in_fork(child) == 0
+            with open(tmp_path / "buffer.lock") as lock, pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            gate.opened.set()
         writer.join(DEADLINE_S)
         assert store.stats()["last_seq"] == 1

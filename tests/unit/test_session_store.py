@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -837,6 +838,73 @@ def test_an_outage_costs_one_probe_per_interval(server: ReadServer) -> None:
     assert reads.read("u", []) == []
     assert reads.usable()
     assert heard[-1] is True
+
+
+def test_only_one_reader_probes_a_server_that_was_away() -> None:
+    clock, inside, leave = ManualClock(), threading.Event(), threading.Event()
+
+    class Hanging:
+        calls = 0
+
+        def read(self, *_: object, **__: object) -> list[list[dict[str, Any]]]:
+            self.calls += 1
+            if self.calls > 3:
+                inside.set()
+                leave.wait(5)
+            raise RemoteUnavailable("away")
+
+    remote = Hanging()
+    reads = GuardedReads(remote, interval_s=5.0, clock=clock)
+    for _ in range(3):
+        with pytest.raises(RemoteUnavailable):
+            reads.read("u", [])
+    clock.advance(5.0)
+    with ThreadPoolExecutor(1) as pool:
+        probe = pool.submit(reads.read, "u", [])
+        assert inside.wait(5)
+        with pytest.raises(RemoteUnavailable):
+            reads.read("u", [])
+        leave.set()
+        assert isinstance(probe.exception(5), RemoteUnavailable)
+    assert remote.calls == 4
+
+
+def test_a_server_that_may_not_be_asked_is_not_asked(local: LocalStore, server: ReadServer) -> None:
+    sessions = BufferedSessionStore(local, ALICE, server, lambda: False)
+    session = a_session()
+    sessions.create(session)
+    server.deliver(local)
+    assert sessions.sync_info(got(sessions, session)).stale
+    assert not sessions.list_page().complete
+    with pytest.raises(RemoteUnavailable):
+        sessions.get(new_id())
+    assert server.calls == 0
+
+
+def test_children_come_in_the_order_of_acceptance_whatever_the_stamps_look_like(
+    through: BufferedSessionStore, server: ReadServer
+) -> None:
+    row = server.put("sessions", ALICE, status="active", source="prompt", finalized_at=None)
+    # As text they would sort the other way round.
+    stamps = (
+        "2026-01-01T01:00:00.1+00:00",
+        "2026-01-01T01:00:00+00:00",
+        "2026-01-01T02:00:00+02:00",
+    )
+    for number, stamp in enumerate(stamps):
+        server.put(
+            "session_revisions",
+            ALICE,
+            id=f"00000000-0000-7000-8000-00000000000{number}",
+            session_id=row["id"],
+            content=stamp,
+            revision_type="manual_edit",
+            target_hole=None,
+            created_at=stamp,
+        )
+    found = through.get(row["id"])
+    assert found is not None
+    assert [r.content for r in found.revisions] == [stamps[2], stamps[1], stamps[0]]
 
 
 # -- the buffer's own limits -----------------------------------------------------------------------
