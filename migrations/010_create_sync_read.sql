@@ -25,8 +25,11 @@ begin
     if not found then
       perform sync.protocol_error('a read names a table that is not registered');
     end if;
-    select coalesce(string_agg(format('t.%I is not distinct from (f).%I', k, k), ' and '), 'true')
-      into v_where from jsonb_object_keys(coalesce(v_read -> 'where', '{}')) k;
+    -- Not IS NOT DISTINCT FROM, which covers null too but can't use an index.
+    select coalesce(string_agg(
+        case when jsonb_typeof(w.value) = 'null' then format('t.%I is null', w.key)
+          else format('t.%1$I = (f).%1$I', w.key) end, ' and '), 'true')
+      into v_where from jsonb_each(coalesce(v_read -> 'where', '{}')) w;
     v_queries := v_queries || format(
       'select coalesce(jsonb_agg(to_jsonb(x)), ''[]'') from (select t.* from %1$I.%2$I t,'
       ' jsonb_populate_record(null::%1$I.%2$I, $1 -> ''where'') f where %3$s order by %4$s'
