@@ -1,0 +1,27 @@
+"""What the tests of the session store share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from syncer.sessions import (
+    BufferedSessionStore,
+    IRDraft,
+    PromptRevision,
+    PromptSession,
+)
+
+ALICE, BOB = "github:42", "0d9e0c1e-6f0f-4d39-9d0e-000000000001"
+
+
+def a_session(**metadata: Any) -> PromptSession:
+    session = PromptSession.create_new(metadata=metadata)
+    session.add_revision(PromptRevision(content="Sort a list", revision_type="initial"))
+    session.add_draft(IRDraft(version=1, ir={"a": [1, 2.5, None, {"b": "ü"}]}, ambiguities=["h"]))
+    return session
+
+
+def got(store: BufferedSessionStore, session: PromptSession) -> PromptSession:
+    found = store.get(session.session_id)
+    assert found is not None
+    return found
