@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from syncer.audit import AuditReport
 from syncer.flusher import FlushReport
@@ -54,7 +54,9 @@ def show_status(document: dict[str, Any], as_json: bool) -> None:
         show_document(document)
         return
     told(f"Supabase: {document['supabase']}")
-    table = Table("log", "pending", "parked", "bytes", "oldest (s)", "last seq")
+    table = Table(
+        Column("log", no_wrap=True), "pending", "parked", "bytes", "oldest (s)", "last seq"
+    )
     for log in document["logs"]:
         oldest = log["oldest_age_s"]
         table.add_row(

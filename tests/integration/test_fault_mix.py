@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 
 import psycopg
-import pytest
 
 from local_store import Delete, Insert, Update, user_uuid
 from local_store.clock import new_id
@@ -91,7 +90,6 @@ def play(author: Author, transactions: int) -> None:
     author.app.drain()
 
 
-@pytest.mark.timeout(280)
 def test_the_drill_through_the_fault_mix_loses_and_doubles_nothing(
     buffered_store: Callable[..., BufferedApp], fault_proxy, fresh_supabase
 ):
