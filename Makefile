@@ -36,7 +36,7 @@ integration: $(STAMP)
 
 e2e: $(STAMP)
 	@echo "== end to end: the command line, the API process, the drill"
-	@$(PYTEST) tests/e2e tests/performance
+	@$(PYTEST) tests/e2e
 
 serve: $(STAMP)
 	@$(BIN)/syncer serve --local
