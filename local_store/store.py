@@ -8,28 +8,21 @@ its effect on the rows, so there is never a row without its op or an op without 
 from __future__ import annotations
 
 import asyncio
-import os
 import sqlite3
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import orjson
-
 from local_store import op_log, rows, schema
+from local_store.buffer_file import BufferFile
 from local_store.clock import Clock, SystemClock, isoformat, new_id
 from local_store.door import Accepted, DoorLimits, accept, canonical_uuid, lookup_id
 from local_store.errors import (
     BufferFull,
-    CommitUnknown,
     InvalidWrite,
-    StoreClosed,
-    StoreCorrupt,
     TransactionIdReused,
 )
 from local_store.ops import (
@@ -70,15 +63,11 @@ class LocalStore:
         clock: Clock,
         ids: Callable[[], str],
     ) -> None:
-        self._folder = folder
         self._tables = tables
         self._limits = limits
         self._clock = clock
         self._ids = ids
-        self._lock = threading.RLock()
-        self._pid = os.getpid()
-        self._lock_fd = os.open(folder / schema.LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
-        self._connection: sqlite3.Connection | None = None
+        self._file = BufferFile(folder, ids, limits.full_retry_after_s)
         self._on_write: Callable[[], None] | None = None
 
     @classmethod
@@ -101,8 +90,7 @@ class LocalStore:
         schema.make_folder(path)
         store = cls(path, by_name(tables), StoreLimits(**limits), clock or SystemClock(), ids)
         try:
-            with store._lock:
-                store._connect()
+            store._file.open()
         except BaseException:
             store.close()
             raise
@@ -110,16 +98,7 @@ class LocalStore:
 
     def close(self) -> None:
         """Stop accepting and close the file; everything acknowledged is already durable."""
-        if self._pid != os.getpid():
-            return  # after a fork the file, and the lock that both share, are the parent's
-        with self._lock:
-            connection, self._connection = self._connection, None
-            lock_fd, self._lock_fd = self._lock_fd, -1
-            if connection is not None:
-                with schema.folder_lock(lock_fd):  # the last one to close checkpoints
-                    connection.close()
-            if lock_fd >= 0:
-                os.close(lock_fd)
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -140,7 +119,7 @@ class LocalStore:
     @property
     def log_id(self) -> str:
         """The identity of this buffer file's life."""
-        with self._reading() as connection:
+        with self._file.reading() as connection:
             return schema.read_log_id(connection)
 
     def on_write(self, nudge: Callable[[], None] | None) -> None:
@@ -162,7 +141,7 @@ class LocalStore:
         txn = self._ids() if txn_id is None else canonical_uuid(txn_id)
         if txn is None:
             raise InvalidWrite("", "txn_id", "must be a UUID string")
-        with self._transaction(txn) as connection:
+        with self._file.transaction(txn) as connection:
             receipt = self._append(connection, accepted, author, txn)
         if self._on_write is not None:
             self._on_write()
@@ -225,7 +204,7 @@ class LocalStore:
         """
         spec = self._spec(table)
         row_id = lookup_id(spec, id)
-        with self._reading() as connection:
+        with self._file.reading() as connection:
             return (
                 None if row_id is None else rows.get(connection, spec, row_id, user_uuid(user_id))
             )
@@ -243,7 +222,7 @@ class LocalStore:
 
         `order_by` is a column, descending with a leading minus; ties go by id.
         """
-        with self._reading() as connection:
+        with self._file.reading() as connection:
             return rows.select(
                 connection, self._spec(table), user_uuid(user_id), where or {}, order_by, limit
             )
@@ -251,12 +230,12 @@ class LocalStore:
     def is_held(self, table: str, id: str, *, user_id: str) -> bool:
         """Tell whether this user's row, or its deletion, is known here."""
         row_id = lookup_id(self._spec(table), id)
-        with self._reading() as connection:
+        with self._file.reading() as connection:
             return row_id is not None and rows.held(connection, table, row_id, user_uuid(user_id))
 
     def change_counter(self) -> int:
         """Return a number that grows with each local change; read it before asking the server."""
-        with self._reading() as connection:
+        with self._file.reading() as connection:
             return _totals(connection)[1]
 
     def refresh(
@@ -274,7 +253,7 @@ class LocalStore:
         equal `where` and are missing from `server_rows` are dropped.
         """
         spec, author = self._spec(table), user_uuid(user_id)
-        with self._transaction("a refresh") as connection:
+        with self._file.transaction("a refresh") as connection:
             counter = _next_counter(connection)
             return rows.refresh(connection, spec, server_rows, author, as_of, where, counter)
 
@@ -282,7 +261,7 @@ class LocalStore:
 
     def pending(self, *, transactions_max: int, bytes_max: int) -> list[PendingTransaction]:
         """Return the oldest undelivered transactions that are due, in seq order."""
-        with self._reading() as connection:
+        with self._file.reading() as connection:
             now_s = self._clock.now().timestamp()
             return op_log.pending(connection, self._tables, transactions_max, bytes_max, now_s)
 
@@ -292,7 +271,7 @@ class LocalStore:
         Recording twice is harmless: a settled transaction stays as it is.
         """
         now = self._clock.now()
-        with self._transaction("a recorded reply") as connection:
+        with self._file.transaction("a recorded reply") as connection:
             counter = _next_counter(connection)
             for outcome in outcomes:
                 change = op_log.record(connection, outcome, isoformat(now), now.timestamp())
@@ -307,12 +286,12 @@ class LocalStore:
 
     def state(self, txn_id: str) -> TransactionState | None:
         """Return where a transaction stands; None when it was never accepted here."""
-        with self._reading() as connection:
+        with self._file.reading() as connection:
             return op_log.state_of(connection, canonical_uuid(txn_id) or "")
 
     def reply(self, txn_id: str) -> Any:
         """Return the server's evidence kept with a transaction that it didn't apply, or None."""
-        with self._reading() as connection:
+        with self._file.reading() as connection:
             return op_log.reply_of(connection, txn_id)
 
     def transactions_of(
@@ -320,22 +299,22 @@ class LocalStore:
     ) -> list[tuple[str, int, TransactionState]]:
         """Return (txn_id, seq, state) of what isn't settled on a row or its children."""
         row_id = lookup_id(self._spec(table), id) or ""
-        with self._reading() as connection:
+        with self._file.reading() as connection:
             return op_log.unsettled_of(connection, table, row_id, user_uuid(user_id))
 
     def entries(self, *, after_seq: int = 0, limit: int = 5_000) -> list[LogEntry]:
         """Return the log without its ops, in seq order, for an audit."""
-        with self._reading() as connection:
+        with self._file.reading() as connection:
             return op_log.entries(connection, after_seq, limit)
 
     def clean_rows(self, *, after: int = 0, limit: int = 500) -> list[tuple[int, HeldRow]]:
         """Return (position, row) of rows without pending changes, for an audit of content."""
-        with self._reading() as connection:
+        with self._file.reading() as connection:
             return rows.clean_rows(connection, self._tables, after, limit)
 
     def stats(self) -> dict[str, Any]:
         """Return log_id, last_seq, pending, parked, bytes and oldest_age_s (None when empty)."""
-        with self._reading() as connection:
+        with self._file.reading() as connection:
             last_seq, _counter, unsettled, unsettled_bytes = _totals(connection)
             oldest = op_log.oldest_unsettled(connection)
             age_s = None
@@ -351,80 +330,11 @@ class LocalStore:
                 "oldest_age_s": age_s,
             }
 
-    # -- the connection ---------------------------------------------------------------------------
-
     def _spec(self, table: str) -> TableSpec:
         spec = self._tables.get(table)
         if spec is None:
             raise InvalidWrite(table, "table", "not a registered table")
         return spec
-
-    def _connect(self) -> None:
-        with schema.folder_lock(self._lock_fd), self._cleanly():
-            self._connection = schema.open_file(self._folder / schema.FILE_NAME, self._ids())
-
-    def _open_connection(self) -> sqlite3.Connection:
-        if self._lock_fd < 0:
-            raise StoreClosed("this store is closed")
-        if self._connection is None:  # given up after a failed commit
-            self._connect()
-        assert self._connection is not None
-        return self._connection
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        self._check_process()
-        with self._lock, self._cleanly():
-            yield self._open_connection()
-
-    @contextmanager
-    def _transaction(self, what: str) -> Iterator[sqlite3.Connection]:
-        """Run the body in one SQLite transaction; durable when the block has ended."""
-        self._check_process()
-        with self._lock, self._cleanly():
-            connection = self._open_connection()
-            with schema.folder_lock(self._lock_fd):
-                connection.execute("BEGIN IMMEDIATE")
-                try:
-                    yield connection
-                except BaseException:
-                    connection.rollback()
-                    raise
-                self._commit(connection, what)
-
-    def _commit(self, connection: sqlite3.Connection, what: str) -> None:
-        try:
-            connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-                connection.rollback()
-                raise
-            # After a failed fsync the page cache may claim what the disk never got, so nothing
-            # this handle says can be trusted. The next call opens the file afresh; if the disk
-            # still fails then, that call is refused and the one after it tries again.
-            self._connection = None
-            connection.close()
-            raise CommitUnknown(what, str(error)) from error
-
-    @contextmanager
-    def _cleanly(self) -> Iterator[None]:
-        """Turn what SQLite reports into this package's errors; all mean that nothing happened."""
-        try:
-            yield
-        except (sqlite3.DatabaseError, UnicodeDecodeError, orjson.JSONDecodeError) as error:
-            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-                full = BufferFull(self._limits.full_retry_after_s, "the disk is full")
-                raise full from error
-            clean = schema.clean_error(self._folder / schema.FILE_NAME, error)
-            if clean is None:
-                raise
-            raise clean from None if isinstance(clean, StoreCorrupt) else error
-
-    def _check_process(self) -> None:
-        """Refuse after a fork, before the lock: another thread may have held it at that moment."""
-        if self._pid != os.getpid():
-            # SQLite's locks don't survive a fork: acknowledgements here would go nowhere.
-            raise StoreClosed("this store was opened before a fork; open the folder again")
 
 
 def _totals(connection: sqlite3.Connection) -> tuple[int, int, int, int]:

@@ -1,161 +1,36 @@
-"""The history checker: silent on correct histories, and it finds each way to break one."""
+"""The history checker and its recorder: silent on correct runs, telling on broken servers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from local_store import Column, Delete, Insert, LocalStore, TableSpec, Update
+from local_store import Delete, Insert, LocalStore, Update
 from local_store.clock import ManualClock, new_id
-from local_store.errors import InvalidWrite, LocalStoreError
-from local_store.ops import Op, Outcome, Receipt, user_uuid
-from syncer.errors import RemoteUnavailable, ReplyTimedOut
-from syncer.flusher import Flusher, drain
-from syncer.remote import TableRead
+from local_store.errors import BufferFull, CommitUnknown, InvalidWrite, LocalStoreError
+from local_store.ops import user_uuid
 from syncer.testkit.history import (
     Finding,
     History,
-    LedgerRow,
     Observation,
     ParkedRecord,
-    SeenRow,
-    Visible,
     assert_clean,
     check,
-    count_children,
     findings_text,
     joined,
+    observe_remote,
     observe_store,
 )
-from tests.simulation.remote_model import RemoteModel
-
-ANN, BOB = "github:ann", "github:bob"
-OWN = {"id": Column("uuid"), "user_id": Column("uuid"), "updated_at": Column("timestamp")}
-NOTES = TableSpec(
-    "notes", {**OWN, "text": Column("text"), "title": Column("text"), "due": Column("timestamp")}
-)
-COMMENTS = TableSpec(
-    "comments",
-    {**OWN, "text": Column("text"), "note_id": Column("uuid")},
-    parent=("note_id", "notes"),
-)
-TABLES = [NOTES, COMMENTS]
-
-
-@dataclass
-class World:
-    """Several buffers before one modelled server, and the record of what clients were told."""
-
-    folder: Path
-    forgets: bool = False
-    clock: ManualClock = field(default_factory=ManualClock)
-
-    def __post_init__(self) -> None:
-        self.server = RemoteModel({spec.name: spec for spec in TABLES}, remembers=not self.forgets)
-        self.history = History(self.clock)
-        self.stores: list[LocalStore] = []
-        self.flushers: list[Flusher] = []
-        self.repeatable: list[tuple[str, str, list[Op]]] = []
-
-    def open(self, number: int) -> int:
-        store = LocalStore.open(self.folder / str(number), tables=TABLES, clock=self.clock)
-        flusher = Flusher(store, self.server, clock=self.clock, jitter=lambda: 0.5)
-        self.stores[number : number + 1] = [store]
-        self.flushers[number : number + 1] = [flusher]
-        return number
-
-    def close(self) -> None:
-        for store in self.stores:
-            store.close()
-
-    def restart(self, number: int) -> None:
-        self.stores[number].close()
-        self.open(number)
-
-    def write(self, number: int, user: str, *ops: Op, txn_id: str | None = None) -> Receipt:
-        self.clock.advance(1)
-        return self.history.write(self.stores[number], ops, user_id=user, txn_id=txn_id)
-
-    def write_untold(self, number: int, user: str, *ops: Op, happens: bool) -> str:
-        """Make a call whose reply the client never got."""
-        self.clock.advance(1)
-        txn_id = new_id()
-        self.repeatable.append((txn_id, user, list(ops)))
-        with suppress(LocalStoreError), self.history.call(user, ops, txn_id) as call:
-            call.unknown()
-            if happens:
-                self.stores[number].write(ops, user_id=user, txn_id=txn_id)
-        return txn_id
-
-    def flush(self, number: int, fault: str = "") -> None:
-        self.clock.advance(60)
-        left = [1]
-
-        def fail_once(error: Exception) -> Callable[[], None]:
-            def fail() -> None:
-                if left[0]:
-                    left[0] = 0
-                    raise error
-
-            return fail
-
-        if fault == "lost reply":
-            self.server.after_commit = fail_once(ReplyTimedOut("cut"))
-        elif fault == "down":
-            self.server.before_call = fail_once(RemoteUnavailable("down"))
-        drain(self.flushers[number], self.clock, budget_s=5)
-        self.server.before_call = self.server.after_commit = lambda: None
-
-    def read(self, number: int, user: str) -> None:
-        """Take the server's rows over, as a read through does, and record what was learned."""
-        self.clock.advance(1)
-        store = self.stores[number]
-        as_of = store.change_counter()
-        for spec in TABLES:
-            [rows] = self.server.read(user_uuid(user), [TableRead(spec.name, {})])
-            store.refresh(spec.name, rows, user_id=user, as_of=as_of, where={})
-            for row in rows:
-                held = store.get(spec.name, row["id"], user_id=user)
-                if held and not held["_pending"] and held["updated_at"] == row["updated_at"]:
-                    self.history.saw(store.log_id, spec.name, row["id"], row["updated_at"])
-        self.clock.advance(1)
-
-    def edit(self, row_id: str, *, versioned: bool = True, **values: Any) -> None:
-        self.clock.advance(1)
-        self.server.edit("notes", row_id, **values)
-        version = self.server.version("notes", row_id) if versioned else None
-        self.history.outside_edit("notes", row_id, values, version=version)
-
-    def discard(self, number: int, txn_id: str) -> None:
-        self.stores[number].record([Outcome(txn_id, "discarded")])
-        self.history.person(txn_id, "discard")
-
-    def settle(self) -> Observation:
-        for _ in range(3):
-            for number in range(len(self.stores)):
-                self.flush(number)
-        return joined(*map(observe_store, self.stores), observe_model(self.server))
-
-
-def observe_model(server: RemoteModel) -> Observation:
-    rows = {
-        key: SeenRow(row.user_id, dict(row.values), row.version) for key, row in server.rows.items()
-    }
-    ledger = [
-        LedgerRow(txn_id, e.log_id, e.seq, e.user_id, e.digest, versions=dict(e.versions))
-        for txn_id, e in server.ledger.items()
-    ]
-    visible = [Visible(row.user_id, row.user_id, *key) for key, row in server.rows.items()]
-    return Observation(rows, tuple(ledger), visible=tuple(visible))
-
-
-def comment(note: str, text: str) -> Insert:
-    return Insert("comments", {"id": new_id(), "note_id": note, "text": text})
+from tests.simulation.remote_model import RemoteModel, ServerRow
+from tests.unit.history_world import ANN, BOB, TABLES, World, comment, observe_model
 
 
 def kinds(findings: list[Finding]) -> set[str]:
@@ -166,384 +41,357 @@ def judge(world: World, seen: Observation) -> list[Finding]:
     return check(world.history, seen, TABLES, reads_recorded=True)
 
 
+def words(number: int) -> str:
+    return f"text {number}"
+
+
+# -- correct runs are silent --
+
+STEPS = ("insert", "update", "both", "delete", "read", "flush", "lose", "down", "edit", "edit")
+MORE = (
+    "poison",
+    "invalid",
+    "untold",
+    "unheard",
+    "repeat",
+    "restart",
+    "discard",
+    "orphan",
+    "strike",
+)
+step = st.tuples(st.sampled_from(STEPS + MORE), st.integers(0, 2), st.integers(0, 7))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(step, max_size=45))
+def test_random_correct_runs_have_nothing_to_report(steps: list[tuple[str, int, int]]):
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder))
+        for number in range(3):
+            world.open(number)
+        try:
+            for count, (what, number, pick) in enumerate(steps):
+                take(world, what, number, pick, words(count))
+            seen = world.settle()
+            for reads_recorded in (True, False):
+                found = check(world.history, seen, TABLES, reads_recorded=reads_recorded)
+                assert not found, findings_text(found)
+            blind = Observation(seen.rows, None, seen.buffers, seen.records)
+            assert_clean(world.history, blind, TABLES)
+        finally:
+            world.close()
+
+
+def take(world: World, what: str, number: int, pick: int, text: str) -> None:
+    """Take one step of a random run; steps that find nothing to do do nothing."""
+    user = (ANN, BOB)[pick % 2]
+    notes = [row["id"] for row in world.stores[number].select("notes", user_id=user)]
+    mine = notes[pick % len(notes)] if notes else None
+    with suppress(LocalStoreError):
+        if what in ("flush", "lose", "down", "restart", "read"):
+            move(world, what, number, user)
+        elif what in ("insert", "untold", "unheard", "orphan", "repeat"):
+            begin(world, what, number, user, text)
+        elif what in ("edit", "strike"):
+            meddle(world, what, pick, text)
+        elif what == "discard":
+            discard(world, number)
+        elif mine is not None:
+            change(world, what, number, user, mine, text)
+
+
+def move(world: World, what: str, number: int, user: str) -> None:
+    if what == "restart":
+        world.restart(number)
+    elif what == "read":
+        world.read(number, user)
+    else:
+        world.flush(number, {"lose": "lost reply", "down": "down"}.get(what, ""))
+
+
+def begin(world: World, what: str, number: int, user: str, text: str) -> None:
+    born = Insert("notes", {"id": new_id(), "text": text, "due": "2026-01-01T12:00:00Z"})
+    ops = [born, comment(born.values["id"], text), comment(born.values["id"], text)]
+    if what == "insert":
+        world.write(number, user, *ops)
+    elif what == "orphan":
+        world.write(number, user, comment(new_id(), text))
+    elif what == "repeat" and world.repeatable:
+        txn_id, author, same = world.repeatable[-1]
+        world.write(number, author, *same, txn_id=txn_id)
+    elif what in ("untold", "unheard"):
+        world.write_untold(number, user, *ops, happens=what == "untold")
+
+
+def change(world: World, what: str, number: int, user: str, mine: str, text: str) -> None:
+    comments = world.stores[number].select("comments", user_id=user, where={"note_id": mine})
+    if what == "update":
+        world.write(number, user, Update("notes", mine, {"text": text}))
+    elif what == "poison":
+        world.write(number, user, Update("notes", mine, {"title": "poison"}))
+    elif what == "invalid":
+        world.write(number, user, Update("notes", mine, {"nonsense": 1}))
+    elif what == "delete" and comments:
+        world.write(number, user, Delete("comments", comments[0]["id"]))
+    elif what == "delete":
+        world.write(number, user, Delete("notes", mine))
+    elif what == "both":
+        ops = [Update("comments", comments[0]["id"], {"text": text})] if comments else []
+        world.write(number, user, Update("notes", mine, {"title": text}), *ops)
+
+
+def meddle(world: World, what: str, pick: int, text: str) -> None:
+    there = sorted(row_id for table, row_id in world.server.rows if table == "notes")
+    if there and what == "edit":
+        world.edit(there[pick % len(there)], versioned=pick < 4, text=text)
+    elif there:
+        world.strike(there[pick % len(there)])
+
+
+def discard(world: World, number: int) -> None:
+    store = world.stores[number]
+    for entry in store.entries():
+        if entry.state == "dead":
+            world.discard(number, entry.txn_id)
+            return
+
+
+# -- broken servers are found --
+
+
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
     made = World(tmp_path)
-    made.open(0), made.open(1)
+    made.open(0)
+    made.open(1)
     yield made
     made.close()
 
 
-# -- one rich correct run, and every way to spoil what is seen of it --
-
-
-@dataclass
-class Run:
-    """What the mutations start from: a correct run and the names of its parts."""
-
-    world: World
-    seen: Observation
-    at: dict[str, str]
-
-    def ledger(self, name: str) -> LedgerRow:
-        return next(row for row in self.seen.ledger or () if row.txn_id == self.at[name])
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    world = World(tmp_path_factory.mktemp("run"))
-    world.open(0), world.open(1)
-    at = {name: new_id() for name in ("n1", "n2", "n3", "n4", "bobs", "ghost", "maybe")}
-    child, other_child = comment(at["n1"], "first"), comment(at["n1"], "second")
-    at["child"], at["other_child"] = child.values["id"], other_child.values["id"]
-
-    def note(name: str, text: str) -> Insert:
-        return Insert("notes", {"id": at[name], "text": text, "due": "2026-01-01T00:00:00Z"})
-
-    def keep(name: str, receipt: Receipt) -> None:
-        at[name] = receipt.txn_id
-
-    keep("born", world.write(0, ANN, note("n1", "one"), child))
-    keep("bobs_birth", world.write(0, BOB, note("bobs", "his")))
-    keep("a1", world.write(0, ANN, Update("notes", at["n1"], {"text": "a1"})))
-    keep("a2", world.write(0, ANN, Update("notes", at["n1"], {"text": "a2"}), other_child))
+def test_without_the_ledger_a_lost_reply_is_a_false_conflict(world: World):
+    world.server.remembers = False
+    born = Insert("notes", {"id": new_id(), "text": "once"})
+    world.write(0, ANN, born)
     world.flush(0, "lost reply")
+    seen = world.settle()
+    found = check(world.history, seen, TABLES)
+    assert kinds(found) == {"false_conflict"}, findings_text(found)
+
+
+def test_without_the_ledger_an_appended_child_arrives_twice(world: World):
+    # A server without memory of deliveries that takes every insert under a fresh id.
+    parent = new_id()
+    world.write(0, ANN, Insert("notes", {"id": parent}))
+    receipt = world.write(0, ANN, comment(parent, "once"))
+    seen = world.settle()
+    [row] = [row for (table, _), row in world.server.rows.items() if table == "comments"]
+    world.server.rows["comments", new_id()] = ServerRow(row.user_id, row.values, row.version)
+    found = check(world.history, world.settle(), TABLES)
+    assert kinds(found) == {"duplicated"}, findings_text(found)
+    assert receipt.txn_id in {entry.txn_id for entry in seen.ledger or ()}
+
+
+class Careless(RemoteModel):
+    """The model without compare-and-set: the last writer wins, whatever it knew."""
+
+    @staticmethod
+    def _is_stale(*args: Any) -> bool:
+        return False
+
+
+@pytest.fixture
+def careless(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path, Careless)
+    made.open(0)
+    made.open(1)
+    yield made
+    made.close()
+
+
+def two_writers(world: World) -> str:
+    """Let two containers change one field, neither knowing the other; the second one waits."""
+    row_id = new_id()
+    world.write(0, ANN, Insert("notes", {"id": row_id, "text": "base"}))
     world.flush(0)
     world.read(1, ANN)
-    keep("b1", world.write(1, ANN, Update("notes", at["n1"], {"title": "b"})))
-    keep("n2_birth", world.write(1, ANN, note("n2", "two")))
-    world.flush(1)
-    keep("n4_birth", world.write(0, ANN, note("n4", "four"), comment(at["n4"], "x")))
-    keep("deleted", world.write(0, ANN, Delete("notes", at["n4"])))
-    with suppress(InvalidWrite):
-        at["refused"] = new_id()
-        ops: list[Op] = [note("ghost", "g"), Update("notes", at["ghost"], {"nonsense": 1})]
-        world.write(0, ANN, *ops, txn_id=at["refused"])
-    at["untold"] = world.write_untold(0, ANN, note("n3", "three"), happens=True)
-    at["unheard"] = world.write_untold(
-        0, ANN, note("maybe", "?"), comment(at["maybe"], "?"), happens=False
-    )
-    world.edit(at["n2"], text="by hand")
-    keep("conflict", world.write(1, ANN, Update("notes", at["n2"], {"text": "mine"})))
-    keep("dead", world.write(0, BOB, Update("notes", at["bobs"], {"text": "poison"})))
+    world.write(0, ANN, Update("notes", row_id, {"text": "theirs"}))
+    world.write(1, ANN, Update("notes", row_id, {"text": "mine"}))
     world.flush(0)
-    world.discard(0, at["dead"])
-    keep("tail", world.write(1, ANN, comment(at["n1"], "last")))
+    return row_id
+
+
+def test_without_compare_and_set_the_overwritten_value_is_unsurfaced(careless: World):
+    row_id = two_writers(careless)
+    seen = careless.settle()
+    found = check(careless.history, seen, TABLES, reads_recorded=True)
+    assert kinds(found) == {"unsurfaced_conflict"}, findings_text(found)
+    # Without recorded reads the second writer may have known the first.
+    assert check(careless.history, seen, TABLES) == []
+    record = ParkedRecord(
+        careless.history.events().calls[-1].txn_id,
+        "conflict",
+        frozenset([("notes", row_id)]),
+        frozenset(["text"]),
+        outcome="local",
+    )
+    told = joined(seen, Observation({}, records=(record,)))
+    assert check(careless.history, told, TABLES, reads_recorded=True) == []
+
+
+@pytest.mark.parametrize("versioned", [True, False])
+def test_an_edit_by_hand_that_a_waiting_write_overwrites_is_unsurfaced(
+    careless: World, versioned: bool
+):
+    row_id = two_writers(careless)
+    careless.flush(1)
+    careless.write(0, ANN, Update("notes", row_id, {"text": "written before the edit"}))
+    careless.edit(row_id, versioned=versioned, text="by hand")
+    found = check(careless.history, careless.settle(), TABLES)
+    assert kinds(found) == {"unsurfaced_conflict"}, findings_text(found)
+
+
+def test_a_delete_over_an_unknown_edit_is_unsurfaced(careless: World):
+    row_id = two_writers(careless)
+    careless.flush(1)
+    careless.write(0, ANN, Delete("notes", row_id))
+    careless.edit(row_id, text="too late")
+    found = check(careless.history, careless.settle(), TABLES)
+    assert kinds(found) == {"unsurfaced_conflict"}, findings_text(found)
+
+
+def test_a_delete_that_takes_along_an_unknown_child_needs_a_record_where_asked(world: World):
+    parent = new_id()
+    world.write(0, ANN, Insert("notes", {"id": parent}))
+    world.flush(0)
+    world.read(1, ANN)
+    world.write(0, ANN, Delete("notes", parent))
+    world.write(1, ANN, comment(parent, "from elsewhere"))
+    world.flush(1)
     seen = world.settle()
-    counters = count_children(
-        replace(seen, rows={k: with_count(seen, k, r) for k, r in seen.rows.items()}),
-        "notes",
-        "comments",
-        COMMENTS,
+    assert check(world.history, seen, TABLES, reads_recorded=True) == []
+    found = check(world.history, seen, TABLES, cascades_recorded=True)
+    assert kinds(found) == {"unsurfaced_conflict"}, findings_text(found)
+
+
+def test_a_server_that_applies_as_the_wrong_user_is_found(world: World):
+    row_id = new_id()
+    world.write(0, ANN, Insert("notes", {"id": row_id}))
+    world.flush(0)
+    world.server.rows["notes", row_id].user_id = user_uuid(BOB)
+    assert kinds(check(world.history, world.settle(), TABLES)) == {"cross_user"}
+
+
+def test_a_deleted_buffer_is_a_loss_of_all_that_was_not_delivered(world: World):
+    world.write(0, ANN, Insert("notes", {"id": new_id()}))
+    world.flush(0)
+    waiting = world.write(0, ANN, Insert("notes", {"id": new_id()}))
+    found = check(world.history, observe_model(world.server), TABLES)
+    assert [(f.kind, f.subject) for f in found] == [("lost", waiting.txn_id)]
+
+
+# -- the recorder --
+
+
+def one_op() -> list[Any]:
+    return [Insert("notes", {"id": new_id()})]
+
+
+def test_a_call_is_refused_or_unknown_by_the_error_it_ended_with():
+    history = History(ManualClock())
+    for error, told in (
+        (BufferFull(5.0, "full"), "refused"),
+        (InvalidWrite("notes", "x", "no"), "refused"),
+        (CommitUnknown("t", "EIO"), "unknown"),
+        (KeyboardInterrupt(), "unknown"),
+        (ConnectionResetError(), "unknown"),
+    ):
+        with pytest.raises(type(error)), history.call(ANN, one_op(), new_id()):
+            raise error
+        assert history.events().calls[-1].told == told
+    with history.call(ANN, one_op(), new_id()):
+        pass  # the client said nothing
+    assert history.events().calls[-1].told == "unknown"
+
+
+def test_a_call_keeps_its_interval_its_number_and_its_own_copy_of_the_ops():
+    clock = ManualClock()
+    history, ops = History(clock), one_op()
+    with history.call(ANN, ops, new_id().upper()) as call:
+        clock.advance(2)
+        call.ok()
+    ops[0].values["text"] = "changed later"
+    [recorded] = history.events().calls
+    assert (recorded.begin, recorded.end, recorded.number, recorded.told) == (0.0, 2.0, 1, "ok")
+    assert "text" not in recorded.ops[0].values
+    assert recorded.txn_id == recorded.txn_id.lower()
+    assert recorded.user_id == user_uuid(ANN)
+
+
+def test_many_threads_record_into_one_history(tmp_path: Path):
+    history = History()
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        server = RemoteModel(store.tables)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: history.write(store, one_op(), user_id=ANN), range(100)))
+        calls = history.events().calls
+        assert sorted(call.number for call in calls) == list(range(1, 101))
+        assert_clean(history, joined(observe_store(store), observe_model(server)), TABLES)
+
+
+def test_calls_told_over_http_are_judged_without_log_and_seq(world: World):
+    row_id = new_id()
+    txn_id = world.write(0, ANN, Insert("notes", {"id": row_id, "text": "a"})).txn_id
+    ops = [Insert("notes", {"id": row_id, "text": "a"})]
+    history = History(world.clock)
+    history.ok(txn_id=txn_id, user_id=ANN, ops=ops)
+    history.unknown(txn_id=new_id(), user_id=ANN, ops=one_op())
+    history.refused(txn_id=new_id(), user_id=ANN, ops=one_op())
+    assert_clean(history, world.settle(), TABLES)
+    history.ok(txn_id=new_id(), user_id=ANN, ops=one_op())
+    assert kinds(check(history, world.settle(), TABLES)) == {"lost"}
+
+
+def test_an_insert_without_its_key_is_refused_with_a_reason():
+    history = History(ManualClock())
+    history.ok(txn_id=new_id(), user_id=ANN, ops=[Insert("notes", {"text": "x"})])
+    with pytest.raises(ValueError, match="record inserts with their id"):
+        check(history, Observation({}), TABLES)
+
+
+# -- reading back and telling --
+
+
+def test_rows_and_ledger_can_be_read_back_through_the_remote(world: World):
+    world.write(0, ANN, *one_op())
+    world.write(1, BOB, *one_op())
+    world.settle()
+    seen = joined(
+        *map(observe_store, world.stores), observe_remote(world.server, TABLES, [ANN, BOB])
     )
-    yield Run(world, replace(seen, counters=counters), at)
-    world.close()
-
-
-def with_count(seen: Observation, key: tuple[str, str], row: SeenRow) -> SeenRow:
-    count = sum(other.values.get("note_id") == key[1] for other in seen.rows.values())
-    return replace(row, values={**row.values, "comments": count})
-
-
-def test_the_rich_run_is_clean_and_really_rich(run: Run):
-    assert_clean(run.world.history, run.seen, TABLES, reads_recorded=True)
-    assert {run.ledger("b1").log_id, run.ledger("a1").log_id} == {
-        store.log_id for store in run.world.stores
-    }
-    states = {e.state for buffer in run.seen.buffers for e in buffer.entries}
-    assert states == {"applied", "conflict", "discarded"}
-
-
-Mutation = Callable[[Run], Observation]
-MUTATIONS: list[tuple[str, Mutation]] = []
-
-
-def spoils(kind: str) -> Callable[[Mutation], Mutation]:
-    def add(mutation: Mutation) -> Mutation:
-        MUTATIONS.append((kind, mutation))
-        return mutation
-
-    return add
-
-
-def without_ledger(run: Run, *names: str) -> Observation:
-    gone = {run.at[name] for name in names}
-    rows = tuple(row for row in run.seen.ledger or () if row.txn_id not in gone)
-    return replace(run.seen, ledger=rows)
-
-
-def with_ledger(run: Run, name: str, **changes: Any) -> Observation:
-    old = run.ledger(name)
-    rows = [replace(row, **changes) if row is old else row for row in run.seen.ledger or ()]
-    return replace(run.seen, ledger=tuple(rows))
-
-
-def with_row(run: Run, table: str, name: str, **changes: Any) -> Observation:
-    key = (table, run.at.get(name, name))
-    row = replace(run.seen.rows[key], **changes)
-    return replace(run.seen, rows={**run.seen.rows, key: row})
-
-
-def with_value(run: Run, name: str, seen: Observation | None = None, **values: Any) -> Observation:
-    base = replace(run, seen=seen or run.seen)
-    table = "notes" if ("notes", run.at[name]) in run.seen.rows else "comments"
-    old = base.seen.rows[table, run.at[name]].values
-    return with_row(base, table, name, values={**old, **values})
-
-
-def without_rows(run: Run, *names: str) -> Observation:
-    gone = {run.at[name] for name in names}
-    rows = {key: row for key, row in run.seen.rows.items() if key[1] not in gone}
-    return replace(run.seen, rows=rows)
-
-
-def with_state(run: Run, name: str, state: Any) -> Observation:
-    buffers = tuple(
-        replace(
-            buffer,
-            entries=tuple(
-                replace(e, state=state) if e.txn_id == run.at[name] else e for e in buffer.entries
-            ),
-        )
-        for buffer in run.seen.buffers
-    )
-    return replace(run.seen, buffers=buffers)
-
-
-def without_entry(run: Run, seen: Observation, *names: str) -> Observation:
-    gone = {run.at[name] for name in names}
-    buffers = tuple(
-        replace(buffer, entries=tuple(e for e in buffer.entries if e.txn_id not in gone))
-        for buffer in seen.buffers
-    )
-    return replace(seen, buffers=buffers)
-
-
-def with_new_row(run: Run, table: str, row_id: str, user: str, values: Any) -> Observation:
-    row = SeenRow(user_uuid(user), values, "2026-01-01T00:00:09+00:00")
-    return replace(run.seen, rows={**run.seen.rows, (table, row_id): row})
-
-
-@spoils("lost")
-def a_ledger_row_is_dropped(run: Run) -> Observation:
-    return without_ledger(run, "b1")
-
-
-@spoils("lost")
-def a_row_is_dropped(run: Run) -> Observation:
-    return without_rows(run, "n2")
-
-
-@spoils("lost")
-def a_logs_tail_is_lost(run: Run) -> Observation:
-    seen = without_entry(run, without_ledger(run, "tail"), "tail", "conflict")
-    rows = {key: row for key, row in seen.rows.items() if row.values.get("text") != "last"}
-    return replace(seen, rows=rows, records=())
-
-
-@spoils("lost")
-def a_parked_transaction_vanishes(run: Run) -> Observation:
-    return replace(without_entry(run, run.seen, "conflict"), records=())
-
-
-@spoils("lost")
-def a_transaction_is_discarded_by_nobody(run: Run) -> Observation:
-    return with_state(run, "conflict", "discarded")
-
-
-@spoils("lost")
-def a_transaction_is_called_superseded_without_a_delete(run: Run) -> Observation:
-    return with_state(run, "conflict", "superseded")
-
-
-@spoils("lost")
-def the_row_is_restored_from_an_older_backup(run: Run) -> Observation:
-    row = run.seen.rows["notes", run.at["n1"]]
-    old = {k: v for k, v in row.values.items() if k != "title"}
-    version = run.ledger("a2").versions or {}
-    return with_row(run, "notes", "n1", values=old, version=version["notes/" + run.at["n1"]])
-
-
-@spoils("torn")
-def half_of_a_transaction_is_missing(run: Run) -> Observation:
-    return without_rows(run, "other_child")
-
-
-@spoils("torn")
-def an_unknown_call_is_there_in_half(run: Run) -> Observation:
-    values = {"text": "?", "due": "2026-01-01T00:00:00+00:00"}
-    return with_new_row(run, "notes", run.at["maybe"], ANN, values)
-
-
-@spoils("torn")
-def half_of_an_unknown_call_is_there_and_nobody_read_the_ledger(run: Run) -> Observation:
-    return replace(an_unknown_call_is_there_in_half(run), ledger=None)
-
-
-@spoils("resurrected")
-def a_refused_insert_is_there(run: Run) -> Observation:
-    return with_new_row(run, "notes", run.at["ghost"], ANN, {"text": "g"})
-
-
-@spoils("resurrected")
-def a_refused_transaction_is_in_the_ledger(run: Run) -> Observation:
-    row = replace(run.ledger("b1"), txn_id=run.at["refused"], seq=99, versions={})
-    return replace(run.seen, ledger=(*(run.seen.ledger or ()), row))
-
-
-@spoils("resurrected")
-def a_deleted_row_is_back(run: Run) -> Observation:
-    values = {"text": "four", "due": "2026-01-01T00:00:00+00:00"}
-    return with_new_row(run, "notes", run.at["n4"], ANN, values)
-
-
-@spoils("resurrected")
-def a_discarded_value_stands(run: Run) -> Observation:
-    return with_value(run, "bobs", text="poison")
-
-
-@spoils("resurrected")
-def a_parked_conflict_took_effect(run: Run) -> Observation:
-    return with_value(run, "n2", text="mine")
-
-
-@spoils("duplicated")
-def a_child_is_there_twice(run: Run) -> Observation:
-    row = run.seen.rows["comments", run.at["child"]]
-    rows = {**run.seen.rows, ("comments", new_id()): row}
-    return replace(run.seen, rows=rows)
-
-
-@spoils("duplicated")
-def the_ledger_has_a_transaction_twice(run: Run) -> Observation:
-    return replace(run.seen, ledger=(*(run.seen.ledger or ()), replace(run.ledger("b1"), seq=77)))
-
-
-@spoils("duplicated")
-def the_ledger_has_a_seq_twice(run: Run) -> Observation:
-    return with_ledger(run, "a2", seq=run.ledger("a1").seq)
-
-
-@spoils("duplicated")
-def an_effect_is_there_while_it_waits(run: Run) -> Observation:
-    return replace(
-        with_state(run, "n2_birth", "pending"), ledger=without_ledger(run, "n2_birth").ledger
-    )
-
-
-@spoils("duplicated")
-def an_applied_transaction_is_a_dead_letter_too(run: Run) -> Observation:
-    return with_state(run, "b1", "dead")
-
-
-@spoils("order")
-def two_updates_changed_places(run: Run) -> Observation:
-    first, second = run.ledger("a1"), run.ledger("a2")
-    swapped = {first.txn_id: second.versions, second.txn_id: first.versions}
-    rows = [replace(r, versions=swapped.get(r.txn_id, r.versions)) for r in run.seen.ledger or ()]
-    return replace(with_value(run, "n1", text="a1"), ledger=tuple(rows))
-
-
-@spoils("order")
-def an_older_value_of_the_only_writer_stands(run: Run) -> Observation:
-    return with_value(run, "n1", text="a1")
-
-
-@spoils("order")
-def a_transaction_was_delivered_at_another_seq(run: Run) -> Observation:
-    return with_ledger(run, "b1", seq=run.ledger("b1").seq + 50)
-
-
-@spoils("cross_user")
-def a_row_changes_its_owner(run: Run) -> Observation:
-    return with_row(run, "notes", "n1", user_id=user_uuid(BOB))
-
-
-@spoils("cross_user")
-def a_stranger_sees_a_row(run: Run) -> Observation:
-    sight = Visible(user_uuid(BOB), user_uuid(ANN), "notes", run.at["n1"])
-    return replace(run.seen, visible=(*run.seen.visible, sight))
-
-
-@spoils("cross_user")
-def a_transaction_was_delivered_as_somebody_else(run: Run) -> Observation:
-    return with_ledger(run, "b1", user_id=user_uuid(BOB))
-
-
-@spoils("false_conflict")
-def a_clean_transaction_is_marked_as_a_conflict(run: Run) -> Observation:
-    return with_state(run, "tail", "conflict")
-
-
-@spoils("false_conflict")
-def a_first_edit_is_a_conflict_and_has_no_effect(run: Run) -> Observation:
-    spoilt = with_value(run, "n1", title=None)
-    return replace(
-        with_state(replace(run, seen=spoilt), "b1", "conflict"),
-        ledger=without_ledger(run, "b1").ledger,
-        records=(*run.seen.records, ParkedRecord(run.at["b1"], "conflict")),
-    )
-
-
-@spoils("unsurfaced_conflict")
-def a_conflicts_record_is_dropped(run: Run) -> Observation:
-    return replace(run.seen, records=())
-
-
-@spoils("unsurfaced_conflict")
-def the_edit_by_hand_is_lost_to_an_older_value(run: Run) -> Observation:
-    return with_value(run, "n2", text="two")
-
-
-@spoils("unsurfaced_conflict")
-def a_conflict_was_applied_over_what_it_did_not_know(run: Run) -> Observation:
-    key = "notes/" + run.at["n2"]
-    version = "2026-01-01T00:09:00+00:00"
-    birth, mine = run.ledger("n2_birth"), run.at["conflict"]
-    entry = next(e for b in run.seen.buffers for e in b.entries if e.txn_id == mine)
-    row = replace(birth, txn_id=mine, seq=entry.seq, digest=entry.digest, versions={key: version})
-    seen = with_row(run, "notes", "n2", version=version, values={"text": "mine", "due": None})
-    seen = with_value(run, "n2", seen, due="2026-01-01T00:00:00Z")
-    seen = with_state(replace(run, seen=seen), "conflict", "applied")
-    return replace(seen, ledger=(*(run.seen.ledger or ()), row), records=())
-
-
-@spoils("content")
-def a_value_is_changed(run: Run) -> Observation:
-    return with_value(run, "child", text="somebody else's words")
-
-
-@spoils("content")
-def a_value_is_emptied(run: Run) -> Observation:
-    return with_value(run, "n2", due=None)
-
-
-@spoils("content")
-def a_row_comes_from_nowhere(run: Run) -> Observation:
-    return with_new_row(run, "notes", new_id(), ANN, {"text": "hello"})
-
-
-@spoils("content")
-def the_ledger_has_a_transaction_that_nobody_made(run: Run) -> Observation:
-    row = replace(run.ledger("b1"), txn_id=new_id(), seq=98, versions={})
-    return replace(run.seen, ledger=(*(run.seen.ledger or ()), row))
-
-
-@spoils("content")
-def what_was_delivered_is_not_what_was_accepted(run: Run) -> Observation:
-    return with_ledger(run, "b1", digest="0" * 64)
-
-
-@spoils("counter")
-def a_counter_is_off_by_one(run: Run) -> Observation:
-    [first, *rest] = run.seen.counters
-    return replace(run.seen, counters=(replace(first, stored=first.stored + 1), *rest))
-
-
-@pytest.mark.parametrize(
-    ("kind", "mutation"), [pytest.param(*m, id=f"{m[1].__name__}-{m[0]}") for m in MUTATIONS]
-)
-def test_each_way_to_spoil_an_observation_is_found(run: Run, kind: str, mutation: Mutation):
-    found = judge(run.world, mutation(run))
-    assert kind in kinds(found), findings_text(found)
-    assert len(found) <= 3, findings_text(found)  # the reader isn't buried under one cause
+    assert len(seen.rows) == len(seen.visible) == len(seen.ledger or ()) == 2
+    assert_clean(world.history, seen, TABLES)
+
+
+def test_more_rows_than_one_read_carries_are_an_error_and_no_silence(world: World):
+    for number in range(1_000):
+        row = ServerRow(user_uuid(ANN), {}, "v")
+        world.server.rows["notes", f"{number}"] = row
+    with pytest.raises(ValueError, match="use observe_database"):
+        observe_remote(world.server, TABLES, [ANN])
+
+
+def test_the_text_counts_names_and_shows_the_evidence():
+    findings = [
+        Finding("lost", f"t{number}", "it is gone", {"seq": number}) for number in range(50)
+    ]
+    told = findings_text([Finding("order", "t", "too early"), *findings])
+    assert told.startswith("50 lost, 1 order\n- order t: too early\n- lost t0: it is gone\n")
+    assert "seq: 7" in told
+    assert told.endswith("… and 11 more")
+    assert findings_text([]) == "nothing to report"
+
+
+def test_assert_clean_raises_with_the_readable_list(world: World):
+    world.write(0, ANN, *one_op())
+    with pytest.raises(AssertionError, match="1 lost"):
+        assert_clean(world.history, Observation({}), TABLES)

@@ -70,8 +70,8 @@ def open_store(folder: Path, synchronous: str | None) -> LocalStore:
 
 def connection(store: LocalStore) -> sqlite3.Connection:
     """Reach past the door: these are settings no caller can make."""
-    assert store._connection is not None
-    return store._connection
+    assert store._file._connection is not None
+    return store._file._connection
 
 
 def truncate_log(store: LocalStore) -> None:
