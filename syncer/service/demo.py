@@ -65,6 +65,7 @@ def _show(result: DrillResult, outage_seconds: float) -> None:
     table.add_row("writes acknowledged", str(result.acknowledged))
     table.add_row("  of them during the outage", str(result.acknowledged_during_outage))
     table.add_row("calls repeated after the kill", str(result.repeated))
+    table.add_row("replies lost after the commit", str(result.replies_lost))
     table.add_row("API errors and refusals", str(len(result.errors)))
     table.add_row("acknowledge p50 / p99", f"{result.ack_ms['p50']} / {result.ack_ms['p99']} ms")
     table.add_row("drained in", f"{result.drain_s} s")

@@ -30,12 +30,15 @@ from syncer.testkit.drill_counts import (
     cross_user_rows,
     percentiles,
 )
+from syncer.testkit.fault_proxy import FaultProxy
+from syncer.testkit.faults import Cut
 from syncer.testkit.local_supabase import LocalSupabase
 from syncer.testkit.traffic import Client, Tally, Turns, fresh_users, plan
 
 USERS = 5
 CLIENTS = 6
 DRAIN_TIMEOUT_S = 120.0
+LOST_REPLY, LOST_REPLIES = Cut("after"), 2  # committed, then the connection is reset; twice
 BEFORE, DURING = 0.35, 0.75  # shares of the steps: done before the outage, done when it ends
 
 
@@ -79,6 +82,7 @@ class DrillResult:
     acknowledged_during_outage: int
     reads: int
     repeated: int
+    replies_lost: int
     errors: tuple[str, ...]
     ack_ms: dict[str, float]
     drain_s: float
@@ -102,6 +106,7 @@ class DrillResult:
                 len(self.errors),
                 undelivered,
                 total.applied != self.acknowledged,
+                self.replies_lost == 0,  # a drill that injected nothing proves nothing
             )
         )
 
@@ -111,6 +116,7 @@ class DrillResult:
             "seed": self.seed,
             "acknowledged": self.acknowledged,
             "acknowledged_during_outage": self.acknowledged_during_outage,
+            "replies_lost_after_commit": self.replies_lost,
             "api_errors": len(self.errors),
             "errors": list(self.errors[:10]),
             "ack_ms": self.ack_ms,
@@ -139,14 +145,18 @@ def run_drill(
         folder = keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         progress.phase("starting Postgres, PostgREST and the gateway")
-        with LocalSupabase.start(keep / "supabase" if keep else None) as stack:
+        with (
+            LocalSupabase.start(keep / "supabase" if keep else None) as stack,
+            FaultProxy.start("127.0.0.1", int(stack.url.rsplit(":", 1)[1])) as proxy,
+        ):
             settings = {
                 **stack.env(),
+                "SUPABASE_URL": proxy.url,
                 "SYNCER_FLUSH_INTERVAL_S": "0.5",
                 "SYNCER_BREAKER_INTERVAL_S": "1",
             }
             api = ApiProcess(settings, folder / "buffer", folder / "api.log", clock)
-            drill = _Drill(size, stack, api, progress, clock)
+            drill = _Drill(size, stack, proxy, api, progress, clock)
             try:
                 return drill.run()
             finally:
@@ -158,12 +168,14 @@ class _Drill:
         self,
         size: DrillSize,
         stack: LocalSupabase,
+        proxy: FaultProxy,
         api: ApiProcess,
         progress: Progress,
         clock: Clock,
     ) -> None:
         self._size = size
         self._stack = stack
+        self._proxy = proxy
         self._api = api
         self._progress = progress
         self._clock = clock
@@ -193,7 +205,8 @@ class _Drill:
 
     def _conduct(self) -> None:
         """Let the traffic through in three parts, with the outage and the kill between them."""
-        self._progress.phase("traffic with Supabase up")
+        self._progress.phase("traffic with Supabase up; some replies get lost after the commit")
+        self._proxy.next(LOST_REPLY, times=LOST_REPLIES, matching="sync_apply_batch")
         self._let_through(BEFORE)
         self._progress.phase("OUTAGE: Postgres and PostgREST stopped, traffic goes on")
         self._stack.stop_data_plane()
@@ -258,6 +271,10 @@ class _Drill:
             acknowledged_during_outage=tally.acknowledged_during_outage,
             reads=tally.reads,
             repeated=tally.repeated,
+            replies_lost=sum(
+                entry.fault is not None and entry.upstream_status == 200
+                for entry in self._proxy.log
+            ),
             errors=tuple(tally.errors),
             ack_ms=percentiles(tally.ack_ms),
             drain_s=drain_s,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import psycopg
@@ -10,7 +12,9 @@ import pytest
 from local_store import Insert, LocalStore, Update
 from local_store.clock import new_id
 from syncer.sessions.tables import SESSION_TABLES
+from syncer.testkit import wait_until
 from syncer.testkit.api_process import free_port
+from tests.e2e.conftest import bare_environment
 
 USER = "github:42"
 
@@ -140,6 +144,28 @@ def test_migrate_names_what_is_wrong_and_never_the_password(syncer, url, named):
 def test_migrate_on_a_migrated_project_applies_nothing(syncer, local_supabase):
     ran = syncer("migrate", "--json", env=local_supabase.env())
     assert (ran.code, ran.document["applied"]) == (0, [])
+
+
+def test_worker_delivers_until_it_is_told_to_stop(fresh_supabase, folder, tmp_path):
+    write_session(folder)
+    log = tmp_path / "worker.log"
+    with log.open("wb") as out:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "syncer", "worker"],
+            env={**bare_environment(), **settings(fresh_supabase, folder)},
+            stdout=out,
+            stderr=out,
+        )
+    try:
+        with LocalStore.open(folder, tables=SESSION_TABLES) as store:
+            wait_until(lambda: store.stats()["pending"] == 0)
+            store.write([Insert("sessions", {})], user_id=USER)
+            wait_until(lambda: store.stats()["pending"] == 0)
+        worker.terminate()
+        assert worker.wait(20) == 0, log.read_text()
+    finally:
+        worker.kill()
+        worker.wait()
 
 
 def test_an_unknown_command_is_a_usage_error(syncer):

@@ -9,6 +9,7 @@ def test_the_drill_balances_through_an_outage_and_a_kill(syncer):
     assert ran.code == 0, ran.out + ran.err
     assert result["acknowledged"] > 200
     assert result["acknowledged_during_outage"] > 50
+    assert result["replies_lost_after_commit"] > 0
     zero = ("api_errors", "lost", "duplicated", "cross_user_rows", "counter_mismatches")
     assert {name: result[name] for name in zero} == dict.fromkeys(zero, 0)
     assert set(result["ack_ms"]) == {"p50", "p99"}

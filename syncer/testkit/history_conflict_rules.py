@@ -1,0 +1,163 @@
+"""The rules about conflicts: those that are none, and those that nobody was told of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from local_store import TableSpec
+from syncer.testkit.history_facts import (
+    Effect,
+    Facts,
+    Transaction,
+    compare_versions,
+    foreign,
+    key_name,
+    value_differs,
+)
+from syncer.testkit.history_observation import Key
+from syncer.testkit.history_rules import Finding, Rule
+from syncer.testkit.history_traces import equals, may_be_last, recorded, shared
+
+
+def false_conflict(facts: Facts) -> Iterator[Finding]:
+    """In conflict, though nobody else can have changed its rows since its log knew them."""
+    for txn in facts.transactions.values():
+        found = facts.entries.get(txn.txn_id, ())
+        logs = [log_id for log_id, entry in found if entry.state == "conflict"]
+        if txn.state == "conflict" and not logs:
+            logs = list(txn.positions)  # only its parked record is left
+        for log_id in logs:
+            applied = {row.log_id for row in facts.ledger.get(txn.txn_id, ())}
+            if log_id in applied and not facts.decided_by_person(txn):
+                text = "the ledger has it applied from the very log that calls it a conflict"
+            elif not any(_may_conflict(facts, txn, log_id, key) for key in txn.rows):
+                text = "in conflict, though nobody else changed its rows since its log knew them"
+            else:
+                continue
+            yield Finding("false_conflict", txn.txn_id, text, {"rows": sorted(txn.rows)})
+
+
+def _may_conflict(facts: Facts, txn: Transaction, log_id: str, key: Key) -> bool:
+    if key in facts.strange_rows or _follows_a_failure(facts, txn, log_id, key):
+        return True
+    return any(
+        (change.txn is None or log_id not in change.txn.positions)
+        and not _part_of_base(facts, change, txn, log_id)
+        for change in facts.on(key, "yes", "maybe")
+    )
+
+
+def _own_before(facts: Facts, txn: Transaction, log_id: str, key: Key) -> Iterator[Effect]:
+    """Yield what the same log had written to a row before this transaction."""
+    for effect in facts.effects.get(key, ()):
+        seq = effect.txn.positions.get(log_id) if effect.txn is not None else None
+        if seq is not None and seq < txn.positions[log_id]:
+            yield effect
+
+
+def _follows_a_failure(facts: Facts, txn: Transaction, log_id: str, key: Key) -> bool:
+    """An own earlier change that was parked or discarded took the ground from under this one."""
+    failed = ("conflict", "dead", "discarded", "superseded")
+    return any(
+        own.txn is not None and own.txn.state in failed
+        for own in _own_before(facts, txn, log_id, key)
+    )
+
+
+def _part_of_base(facts: Facts, change: Effect, txn: Transaction, log_id: str) -> bool:
+    """True when the change is part of what `txn` was made on."""
+    for seen in facts.seen_by(txn, change.key):
+        newer = compare_versions(seen.version, change.version)
+        if seen.log_id == log_id and seen.at < txn.begin and newer is not None and newer >= 0:
+            return True
+    return any(
+        own.happened == "yes" and facts.before(change, own)
+        for own in _own_before(facts, txn, log_id, change.key)
+    )
+
+
+def overwritten(facts: Facts) -> Iterator[Finding]:
+    """A change that its successor didn't know is gone, and no record tells of it."""
+    for key in facts.effects:
+        spec = facts.specs.get(key[0])
+        done = facts.on(key, "yes")
+        if spec is None or key in facts.strange_rows or not shared(done):
+            continue
+        losers = [effect for effect in done if effect.kind == "update"]
+        for winner in [effect for effect in done if effect.kind != "insert"]:
+            if winner.txn is not None and not facts.decided_by_person(winner.txn):
+                yield from _overwritten_by(facts, spec, winner, winner.txn, losers)
+        if facts.cascades_recorded:
+            yield from _taken_along(facts, key)
+
+
+def _overwritten_by(
+    facts: Facts, spec: TableSpec, winner: Effect, txn: Transaction, losers: Sequence[Effect]
+) -> Iterator[Finding]:
+    for loser in losers:
+        if not foreign(loser, txn) or _knew(facts, txn, loser):
+            continue
+        for column, value in loser.values.items():
+            if winner.kind == "update" and (
+                column not in winner.values
+                or not value_differs(spec, column, winner.values[column], value)
+            ):
+                continue
+            if recorded(facts, winner, loser, column):
+                continue
+            if facts.before(loser, winner) or _came_first(facts, spec, loser, winner, column):
+                text = f"{column}: {winner.name} overwrote {loser.name} without knowing it"
+                evidence = {"column": column, "lost": value, "kept": winner.values.get(column)}
+                yield Finding("unsurfaced_conflict", key_name(winner.key), text, evidence)
+
+
+def _taken_along(facts: Facts, key: Key) -> Iterator[Finding]:
+    for end in facts.on(key, "yes"):
+        for birth in facts.on(key, "yes"):
+            if end.txn is None or end.via is None or birth.kind != "insert":
+                continue
+            concurrent = foreign(birth, end.txn) and not _knew(facts, end.txn, birth)
+            if concurrent and facts.before(birth, end) and not recorded(facts, end, birth):
+                text = f"{end.name} took along a child added elsewhere, without a record"
+                yield Finding("unsurfaced_conflict", key_name(key), text, {"by": birth.name})
+
+
+def _knew(facts: Facts, txn: Transaction, change: Effect) -> bool:
+    """False only when `txn` certainly was made without knowing `change`."""
+    if change.begin > txn.end and len(txn.positions) == 1:
+        return False
+    if not facts.reads_recorded or change.version is None:
+        return True
+    known = [seen.version for seen in facts.seen_by(txn, change.key)]
+    known += [
+        own.version
+        for own in facts.on(change.key, "yes")
+        if own.txn is not None
+        and own.version is not None
+        and not foreign(own, txn)
+        and own.txn.begin < txn.begin
+    ]
+    # What can't be compared may be newer.
+    return any(compare_versions(version, change.version) in (None, 0, 1) for version in known)
+
+
+def _came_first(facts: Facts, spec: TableSpec, loser: Effect, winner: Effect, column: str) -> bool:
+    """True when only the winner explains the value that stands: then the loser came before it."""
+    row = facts.observation.rows.get(winner.key)
+    if row is None or winner.kind != "update" or not facts.one_life(winner.key):
+        return False
+    last = may_be_last(facts, winner.key, column)
+    explaining = [e for e in last if equals(spec, column, e, row.values.get(column))]
+    return explaining == [winner] and any(write is loser for write in last)
+
+
+def unrecorded(facts: Facts) -> Iterator[Finding]:
+    """In conflict, and no record keeps the two sides for a person."""
+    kept = {record.txn_id for record in facts.observation.records}
+    for txn in facts.transactions.values():
+        if txn.state == "conflict" and txn.txn_id not in kept:
+            text = "it is in conflict and no record of it is kept"
+            yield Finding("unsurfaced_conflict", txn.txn_id, text, {"rows": sorted(txn.rows)})
+
+
+CONFLICT_RULES: tuple[Rule, ...] = (overwritten, unrecorded)
