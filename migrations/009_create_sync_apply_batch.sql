@@ -20,6 +20,8 @@
 -- The caller is service_role; effects run as `authenticated` with the author's claims. Whoever may
 -- execute these functions can act as anybody, so nobody else may, and each checks again.
 
+drop function if exists sync.prepare_op(jsonb);  -- took no author before
+
 -- First line of every function that the API exposes here.
 create or replace function sync.guard() returns void
 language plpgsql set search_path = '' as $$
@@ -47,42 +49,75 @@ $$;
 
 -- Lock every row that the batch writes, and the parents that counters will touch: tables in their
 -- registered order, rows by key. Without it two batches lock shared parents crosswise and deadlock.
+-- A child that is already there is counted at its parent too, so its parent is looked up as well.
+--
+-- A row that somebody holds must not stop everybody else's transactions: when the wait is over
+-- (lock_timeout of the RPC), the rest of the call goes on without this table's locks and waits a
+-- blink per transaction, which makes the ones on that row `held`. Waits that short can't deadlock:
+-- Postgres looks for a deadlock after a second.
 create or replace function sync.lock_rows(p_transactions jsonb) returns void
 language plpgsql set search_path = '' as $$
 declare
   v_table sync.tables;
+  v_child sync.tables;
+  v_names text[];
   v_ids text[];
+  v_kinds text[];
+  v_values_parents text[];
+  v_wanted text[];
+  v_parents text[];
 begin
+  select array_agg(o ->> 'table'), array_agg(o ->> 'id'), array_agg(o ->> 'kind'),
+      array_agg(o -> 'values' ->> c.parent_column)
+    into v_names, v_ids, v_kinds, v_values_parents
+    from jsonb_array_elements(p_transactions) t
+    cross join jsonb_array_elements(t -> 'ops') o
+    left join sync.tables c on c.name = o ->> 'table';
   for v_table in select t.* from sync.tables t order by t.position loop
-    select array_agg(x.id) into v_ids from (
-      select o ->> 'id' as id
-        from jsonb_array_elements(p_transactions) t, jsonb_array_elements(t -> 'ops') o
-        where o ->> 'table' = v_table.name
-      union
-      select o -> 'values' ->> c.parent_column
-        from jsonb_array_elements(p_transactions) t, jsonb_array_elements(t -> 'ops') o
-        join sync.tables c on c.name = o ->> 'table' and c.parent_name = v_table.name
-    ) x where x.id is not null;
-    if v_ids is null then
-      continue;
-    end if;
+    select array_agg(x.id) into v_wanted
+      from unnest(v_names, v_ids) x (name, id) where x.name = v_table.name;
     begin
+      for v_child in select c.* from sync.tables c where c.parent_name = v_table.name loop
+        execute format(
+          'select array_agg(distinct t.%I::text) from %I.%I t where t.%I = any ($1::%s[])',
+          v_child.parent_column, v_child.schema_name, v_child.name, v_child.key_column,
+          v_child.key_type)
+          into v_parents
+          using sync.keys_of(
+            (select array_agg(x.id) from unnest(v_names, v_ids, v_kinds) x (name, id, kind)
+              where x.name = v_child.name and x.kind <> 'insert'), v_child.key_type);
+        v_wanted := v_wanted || v_parents
+          || (select array_agg(x.parent) from unnest(v_names, v_values_parents) x (name, parent)
+                where x.name = v_child.name);
+      end loop;
+      continue when v_wanted is null;
       execute format(
-        'select 1 from %I.%I t where t.%I = any ($1::%s[]) order by t.%I for no key update',
+        'select 1 from %I.%I t where t.%I = any ($1::%s[]) order by t.%I for %s',
         v_table.schema_name, v_table.name, v_table.key_column, v_table.key_type,
-        v_table.key_column)
-        using sync.keys_of(v_ids, v_table.key_type);
-    exception when undefined_table or undefined_column then
-      null;  -- changed under a running system: its transactions are held one by one below
+        v_table.key_column,
+        -- A delete needs the stronger lock; getting it later could deadlock with a foreign key's.
+        case when exists (select from unnest(v_names, v_kinds) x (name, kind)
+              where x.name = v_table.name and x.kind = 'delete')
+          then 'update' else 'no key update' end)
+        using sync.keys_of(v_wanted, v_table.key_type);
+    exception
+      when undefined_table or undefined_column then
+        null;  -- changed under a running system: its transactions are held one by one below
+      when lock_not_available then
+        perform set_config('lock_timeout', '20ms', true);  -- ends with the RPC, which sets its own
     end;
   end loop;
 end $$;
 
 -- What is needed to carry out one op, prepared while still service_role: the author may read
 -- neither sync.tables nor call functions in this schema.
-create or replace function sync.prepare_op(p_op jsonb) returns jsonb
+-- What can't be done at all becomes `problem` and is raised in its turn, so that the reply can name
+-- the op, and a conflict on another row of the transaction still outranks it.
+create or replace function sync.prepare_op(p_op jsonb, p_user uuid) returns jsonb
 language plpgsql stable set search_path = '' as $$
 declare
+  v_values constant jsonb := coalesce(nullif(p_op -> 'values', 'null'), '{}');
+  v_key constant text := (p_op ->> 'table') || '/' || (p_op ->> 'id');
   v_table sync.tables;
   v_columns text[];
   v_forbidden text;
@@ -91,23 +126,37 @@ declare
 begin
   select t.* into v_table from sync.tables t where t.name = p_op ->> 'table';
   if not found then
-    raise exception 'table % is not registered', p_op ->> 'table' using errcode = '42P01';
+    return jsonb_build_object('key', v_key, 'problem', '42P01',
+      'says', format('table %s is not registered', p_op ->> 'table'));
   end if;
-  select coalesce(array_agg(k order by k), '{}') into v_columns
-    from jsonb_object_keys(coalesce(p_op -> 'values', '{}'::jsonb)) k;
+  if jsonb_typeof(v_values) <> 'object' then
+    return jsonb_build_object('key', v_key, 'problem', '22023', 'says', 'values must be an object');
+  end if;
+  if sync.keys_of(array[p_op ->> 'id'], v_table.key_type) = '{}' then
+    return jsonb_build_object('key', v_key, 'problem', '22P02',
+      'says', 'the id is no key of the table');
+  end if;
+  -- Key and owner may be repeated in values, as long as they say the same.
+  select coalesce(array_agg(k order by k), '{}') into v_columns from jsonb_object_keys(v_values) k
+    where not (k = v_table.key_column and v_values ->> k = p_op ->> 'id')
+      and not (k = v_table.owner_column and v_values ->> k = p_user::text);
   select c into v_forbidden from unnest(v_columns) c
     where c = any (v_table.server_owned || array[
       v_table.key_column, v_table.owner_column, v_table.version_column])
     limit 1;
   if v_forbidden is not null then
-    raise exception 'column % is owned by the server', v_forbidden using errcode = '22023';
+    return jsonb_build_object('key', v_key, 'problem', '22023',
+      'says', format('column %s is owned by the server', v_forbidden));
   end if;
   v_target := format('%I.%I', v_table.schema_name, v_table.name);
   return jsonb_build_object(
-    'key', (p_op ->> 'table') || '/' || (p_op ->> 'id'),
+    'key', v_key,
+    'values', v_values,
     'version_sql', format('select to_json(t.%I) #>> ''{}'' from %s t where t.%I = $1::%s',
       v_table.version_column, v_target, v_table.key_column, v_table.key_type),
-    'stale_sql', format('select t.%I is distinct from $2::%s from %s t where t.%I = $1::%s',
+    -- Locks what lock_rows couldn't: nobody may come between this look and the effect.
+    'stale_sql', format('select t.%I is distinct from $2::%s from %s t where t.%I = $1::%s'
+      ' for no key update',
       v_table.version_column, v_table.version_type, v_target, v_table.key_column,
       v_table.key_type),
     'row_sql', format('select to_jsonb(t) from %s t where t.%I = $1::%s',
@@ -121,11 +170,13 @@ begin
         v_table.key_type,
         (select coalesce(string_agg(', r.' || quote_ident(c), ''), '') from unnest(v_columns) c),
         v_target)
-      when 'update' then format(
+      when 'update' then case when v_columns = '{}' then format(
+        'select 1 from %s t where t.%I = $1::%s', v_target, v_table.key_column, v_table.key_type)
+      else format(
         'update %s t set %s from jsonb_populate_record(null::%s, $2) r where t.%I = $1::%s',
         v_target,
         (select string_agg(format('%1$I = r.%1$I', c), ', ') from unnest(v_columns) c),
-        v_target, v_table.key_column, v_table.key_type)
+        v_target, v_table.key_column, v_table.key_type) end
       when 'delete' then format('delete from %s t where t.%I = $1::%s',
         v_target, v_table.key_column, v_table.key_type)
     end);
@@ -142,6 +193,14 @@ begin
     set_config('request.jwt.claims',
       json_build_object('sub', p_user, 'role', 'authenticated')::text, true);
   perform set_config('role', 'authenticated', true);
+end $$;
+
+-- Nobody's claims and no moment of acceptance outlast a call. The argument: the claims before it.
+create or replace function sync.leave(p_claims text) returns void
+language plpgsql set search_path = '' as $$
+begin
+  perform set_config('sync.accepted_at', '', true), set_config('request.jwt.claim.sub', '', true),
+    set_config('request.jwt.claims', coalesce(p_claims, ''), true);
 end $$;
 
 -- Rows as a user sees them: {key: row or null}. Each read is {key, id, row_sql}.
@@ -172,7 +231,8 @@ declare
   v_found jsonb := '[]';
 begin
   for v_op in select o from jsonb_array_elements(p_ops) o loop
-    continue when v_op ->> 'follows' = 'true';  -- an earlier op of the same transaction made it
+    -- An earlier op of the same transaction made it, or it can't be looked at.
+    continue when v_op ->> 'follows' = 'true' or v_op ? 'problem';
     v_stale := null;
     execute v_op ->> 'stale_sql' into v_stale using v_op ->> 'id', v_op ->> 'base';
     if v_op ->> 'kind' = 'insert' then
@@ -204,6 +264,9 @@ begin
       perform sync.protocol_error('an op has no known kind');
     end if;
     v_key := (v_op ->> 'table') || '/' || (v_op ->> 'id');
+    if v_key is null then
+      perform sync.protocol_error('an op without a table or an id');
+    end if;
     v_base := v_op ->> 'base';
     if v_base = 'chained' and not v_key = any (v_seen) then
       v_base := p_chain ->> v_key;
@@ -211,6 +274,7 @@ begin
         select l.versions ->> v_key into v_base from sync.ledger l
           where l.txn_id in (
             select a::uuid from jsonb_array_elements_text(p_transaction -> 'after') a)
+            and l.user_id = (p_transaction ->> 'user_id')::uuid
             and l.versions ->> v_key is not null
           order by l.seq desc limit 1;
       end if;
@@ -221,7 +285,7 @@ begin
       perform sync.protocol_error('an ' || (v_op ->> 'kind') || ' without a base: ' || v_key);
     end if;
     v_prepared := v_prepared || jsonb_build_array(
-      v_op || sync.prepare_op(v_op)
+      v_op || sync.prepare_op(v_op, (p_transaction ->> 'user_id')::uuid)
         || jsonb_build_object('base', v_base, 'follows', v_key = any (v_seen)));
     v_seen := v_seen || v_key;
   end loop;
@@ -298,6 +362,39 @@ language sql stable set search_path = '' as $$
   join sync.tables s on s.name = split_part(k, '/', 1)
 $$;
 
+-- What the ledger says of a transaction; null when it doesn't know it. Whoever sends another author's
+-- txn_id hears what they would hear of a hidden row.
+create or replace function sync.known(p_transaction jsonb) returns jsonb
+language plpgsql set search_path = '' as $$
+declare
+  v_user constant uuid := (p_transaction ->> 'user_id')::uuid;
+  v_known sync.ledger;
+begin
+  select l.* into v_known from sync.ledger l where l.txn_id = (p_transaction ->> 'txn_id')::uuid;
+  if not found then
+    return null;
+  elsif v_known.user_id <> v_user then
+    return jsonb_build_object('verdict', 'rejected', 'sqlstate', '42501',
+      'message', 'the row is not the author''s');
+  elsif v_known.digest is distinct from p_transaction ->> 'digest' then
+    return jsonb_build_object('verdict', 'rejected', 'sqlstate', 'SYT01',
+      'message', 'this txn_id was applied with other content');
+  end if;
+  return jsonb_build_object('verdict', 'duplicate', 'versions', v_known.versions,
+    'rows', sync.see(v_user, sync.reads_for(v_known.versions)));
+end $$;
+
+-- Undone by a cascade of the same transaction: a delete of a child after its parent's finds nothing
+-- and is done all the same. Asked as service_role, since hidden is not gone.
+create or replace function sync.gone(p_op jsonb) returns boolean
+language plpgsql set search_path = '' as $$
+declare
+  v_there boolean;
+begin
+  execute format('select exists (%s)', p_op ->> 'row_sql') into v_there using p_op ->> 'id';
+  return not v_there;
+end $$;
+
 -- One transaction: its verdict without the txn_id.
 create or replace function sync.apply_transaction(
   p_log_id uuid, p_transaction jsonb, p_chain jsonb
@@ -305,7 +402,7 @@ create or replace function sync.apply_transaction(
 declare
   v_txn_id constant uuid := (p_transaction ->> 'txn_id')::uuid;
   v_user constant uuid := (p_transaction ->> 'user_id')::uuid;
-  v_known sync.ledger;
+  v_known jsonb;
   v_blocker text;
   v_ops jsonb;
   v_stale jsonb := '[]';
@@ -316,15 +413,11 @@ declare
   v_op jsonb;
   v_index int;
   v_count bigint;
+  v_gone boolean;
 begin
-  select l.* into v_known from sync.ledger l where l.txn_id = v_txn_id;
-  if found then
-    if v_known.user_id <> v_user or v_known.digest <> p_transaction ->> 'digest' then
-      return jsonb_build_object('verdict', 'rejected', 'sqlstate', 'SYT01',
-        'message', 'this txn_id was applied with other content');
-    end if;
-    return jsonb_build_object('verdict', 'duplicate', 'versions', v_known.versions,
-      'rows', sync.see(v_user, sync.reads_for(v_known.versions)));
+  v_known := sync.known(p_transaction);
+  if v_known is not null then
+    return v_known;
   end if;
   if exists (select from sync.ledger l
       where l.log_id = p_log_id and l.seq = (p_transaction ->> 'seq')::bigint) then
@@ -332,7 +425,8 @@ begin
       'message', 'this seq of the log was applied under another txn_id');
   end if;
   select a into v_blocker from jsonb_array_elements_text(p_transaction -> 'after') a
-    where not exists (select from sync.ledger l where l.txn_id = a::uuid) limit 1;
+    where not exists (select from sync.ledger l
+      where l.txn_id = a::uuid and l.user_id = v_user and l.verdict = 'applied') limit 1;
   if found then
     return jsonb_build_object('verdict', 'held', 'blocked_by', v_blocker);
   end if;
@@ -347,8 +441,17 @@ begin
       v_index := -1;
       for v_op in select o from jsonb_array_elements(v_ops) o loop
         v_index := v_index + 1;
+        if v_op ? 'problem' then
+          raise exception '%', v_op ->> 'says' using errcode = v_op ->> 'problem';
+        end if;
         execute v_op ->> 'effect_sql' using v_op ->> 'id', v_op -> 'values', v_user;
         get diagnostics v_count = row_count;
+        if v_count = 0 and v_op ->> 'kind' = 'delete' then
+          perform set_config('role', 'service_role', true);
+          v_gone := sync.gone(v_op);
+          perform set_config('role', 'authenticated', true);
+          continue when v_gone;
+        end if;
         if v_count = 0 then  -- it is there, locked and at its base: somebody else's
           raise exception 'the row is not the author''s' using errcode = '42501';
         end if;
@@ -370,12 +473,14 @@ begin
       v_stale := sync.find_stale(v_ops);
     end if;
     if v_stale = '[]' then
-      return jsonb_build_object('verdict', v_verdict, 'sqlstate', v_state, 'message', v_message,
-        'op', v_index);
+      return coalesce(sync.known(p_transaction), jsonb_build_object(
+        'verdict', v_verdict, 'sqlstate', v_state, 'message', v_message, 'op', v_index));
     end if;
   end;
+  -- Asked again, here and above: the same transaction may have come through another container's log
+  -- (an idempotency key that was retried there) and committed while this one waited for its rows.
   if v_stale <> '[]' then
-    return sync.conflict_for(v_user, v_stale);
+    return coalesce(sync.known(p_transaction), sync.conflict_for(v_user, v_stale));
   end if;
 
   insert into sync.ledger (txn_id, log_id, seq, user_id, digest, verdict, versions)
@@ -388,13 +493,15 @@ create or replace function public.sync_apply_batch_v1(p_batch jsonb) returns jso
 language plpgsql security invoker
 set search_path = '' set timezone = 'UTC'
 -- Below the client's read timeout (30 s) and the gateway's cap (60 s): the server gives up first.
-set statement_timeout = '20s' as $$
+-- 3 s for a lock: longer than any healthy batch holds one, and 17 s remain for the others.
+set statement_timeout = '20s' set lock_timeout = '3s' as $$
 declare
   v_log_id uuid;
   v_transaction jsonb;
   v_verdict jsonb;
   v_verdicts jsonb[] := '{}';
   v_chain jsonb := '{}';
+  v_claims constant text := current_setting('request.jwt.claims', true);
 begin
   perform sync.guard();
   if p_batch ->> 'protocol' is distinct from '1' then
@@ -422,12 +529,14 @@ begin
         "message": null}'::jsonb
       || v_verdict || jsonb_build_object('txn_id', v_transaction -> 'txn_id'));
   end loop;
+  perform sync.leave(v_claims);
   return jsonb_build_object('verdicts', to_jsonb(v_verdicts));
 end $$;
 
--- The same with one unnamed text argument: PostgREST hands it over without parsing the body.
+-- The same with one unnamed text argument: PostgREST hands it over without parsing the body. Its own
+-- timeout: PostgREST applies the one of the function it calls, before the statement starts.
 create or replace function public.sync_apply_batch_text_v1(text) returns jsonb
-language sql security invoker set search_path = '' as $$
+language sql security invoker set search_path = '' set statement_timeout = '20s' as $$
   select public.sync_apply_batch_v1($1::jsonb)
 $$;
 

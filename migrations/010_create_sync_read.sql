@@ -15,6 +15,7 @@ declare
   v_query text;
   v_rows jsonb;
   v_answers jsonb[] := '{}';
+  v_claims constant text := current_setting('request.jwt.claims', true);
 begin
   perform sync.guard();
   if v_user is null or jsonb_typeof(p -> 'reads') is distinct from 'array' then
@@ -47,6 +48,7 @@ begin
     v_answers := v_answers || v_rows;
   end loop;
   perform set_config('role', 'service_role', true);
+  perform sync.leave(v_claims);
   return jsonb_build_object('reads', to_jsonb(v_answers));
 end $$;
 

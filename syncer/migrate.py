@@ -81,18 +81,25 @@ def _migrate(connection: psycopg.Connection[Any], dry_run: bool) -> list[str]:
     if dry_run:
         return [item.name for item in load_migrations() if _is_due(connection, item)]
     applied = []
-    connection.execute("select pg_advisory_lock(%s)", (LOCK_KEY,))
-    try:
+    with connection.transaction():
+        _lock(connection)
+        connection.execute(_VERSION_TABLE)
+    for item in load_migrations():
+        # Looked up under the lock: a simultaneous run may just have applied it.
         with connection.transaction():
-            connection.execute(_VERSION_TABLE)
-        for item in load_migrations():
+            _lock(connection)
             if _is_due(connection, item):
                 _apply(connection, item)
                 applied.append(item.name)
-    finally:
-        if not connection.broken:
-            connection.execute("select pg_advisory_unlock(%s)", (LOCK_KEY,))
     return applied
+
+
+def _lock(connection: psycopg.Connection[Any]) -> None:
+    """Make simultaneous runs queue until the transaction ends.
+
+    A lock of the session would stay behind on a pooler that shares connections by transaction.
+    """
+    connection.execute("select pg_advisory_xact_lock(%s)", (LOCK_KEY,))
 
 
 def _is_due(connection: psycopg.Connection[Any], item: Migration) -> bool:
@@ -106,22 +113,21 @@ def _is_due(connection: psycopg.Connection[Any], item: Migration) -> bool:
 
 
 def _apply(connection: psycopg.Connection[Any], item: Migration) -> None:
-    with connection.transaction():
-        try:
-            connection.execute(item.sql.encode())
-        except psycopg.errors.InsufficientPrivilege:
-            raise
-        except (psycopg.errors.ProgrammingError, psycopg.errors.IntegrityError) as error:
-            raise SyncError(
-                f"migration {item.name} failed: {error.diag.sqlstate} {error.diag.message_primary}",
-                hint="nothing of it was applied; the ones before it are in place",
-            ) from None
-        connection.execute(
-            "insert into sync.schema_migrations (name, sha256) values (%s, %s)"
-            " on conflict (name) do update set sha256 = excluded.sha256,"
-            " applied_at = clock_timestamp()",
-            (item.name, item.sha256),
-        )
+    try:
+        connection.execute(item.sql.encode())
+    except (psycopg.errors.InsufficientPrivilege, psycopg.OperationalError):
+        raise
+    except psycopg.DatabaseError as error:
+        raise SyncError(
+            f"migration {item.name} failed: {error.diag.sqlstate} {error.diag.message_primary}",
+            hint="nothing of it was applied; the ones before it are in place",
+        ) from None
+    connection.execute(
+        "insert into sync.schema_migrations (name, sha256) values (%s, %s)"
+        " on conflict (name) do update set sha256 = excluded.sha256,"
+        " applied_at = clock_timestamp()",
+        (item.name, item.sha256),
+    )
 
 
 def _connect(database_url: str) -> psycopg.Connection[Any]:
@@ -133,7 +139,12 @@ def _connect(database_url: str) -> psycopg.Connection[Any]:
             hint="copy the connection string from the project's dashboard",
         )
     try:
-        return psycopg.connect(database_url, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S)
+        return psycopg.connect(
+            database_url,
+            autocommit=True,
+            connect_timeout=CONNECT_TIMEOUT_S,
+            prepare_threshold=None,  # prepared statements don't survive a transaction pooler
+        )
     except psycopg.ProgrammingError:
         raise SettingsError(
             "DATABASE_URL", "can't be read", hint="percent-encode special characters in it"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from local_store import TableSpec
 from syncer.testkit.history_facts import (
@@ -84,31 +84,64 @@ def overwritten(facts: Facts) -> Iterator[Finding]:
         if spec is None or key in facts.strange_rows or not shared(done):
             continue
         losers = [effect for effect in done if effect.kind == "update"]
+        last = _last_words(facts, spec, key, losers)
         for winner in [effect for effect in done if effect.kind != "insert"]:
             if winner.txn is not None and not facts.decided_by_person(winner.txn):
-                yield from _overwritten_by(facts, spec, winner, winner.txn, losers)
+                yield from _overwritten_by(facts, spec, winner, winner.txn, losers, last)
         if facts.cascades_recorded:
             yield from _taken_along(facts, key)
 
 
+LastWords = Mapping[str, tuple[Effect, Sequence[Effect]]]
+"""Per column the only write that explains what stands, and all that may have been the last."""
+
+
+def _last_words(
+    facts: Facts, spec: TableSpec, key: Key, updates: Sequence[Effect]
+) -> dict[str, tuple[Effect, list[Effect]]]:
+    row = facts.observation.rows.get(key)
+    found: dict[str, tuple[Effect, list[Effect]]] = {}
+    if row is None or not facts.one_life(key):
+        return found
+    for column in {column for update in updates for column in update.values}:
+        last = may_be_last(facts, key, column)
+        explaining = [e for e in last if equals(spec, column, e, row.values.get(column))]
+        if len(explaining) == 1:
+            found[column] = explaining[0], last
+    return found
+
+
 def _overwritten_by(
-    facts: Facts, spec: TableSpec, winner: Effect, txn: Transaction, losers: Sequence[Effect]
+    facts: Facts,
+    spec: TableSpec,
+    winner: Effect,
+    txn: Transaction,
+    losers: Sequence[Effect],
+    last: LastWords,
 ) -> Iterator[Finding]:
     for loser in losers:
-        if not foreign(loser, txn) or _knew(facts, txn, loser):
+        if _knew(facts, txn, loser) or not foreign(loser, txn):
             continue
+        ordered = facts.before(loser, winner)
         for column, value in loser.values.items():
+            if not (ordered or _came_first(loser, winner, last.get(column))):
+                continue
             if winner.kind == "update" and (
                 column not in winner.values
                 or not value_differs(spec, column, winner.values[column], value)
             ):
                 continue
-            if recorded(facts, winner, loser, column):
-                continue
-            if facts.before(loser, winner) or _came_first(facts, spec, loser, winner, column):
+            if not recorded(facts, winner, loser, column):
                 text = f"{column}: {winner.name} overwrote {loser.name} without knowing it"
                 evidence = {"column": column, "lost": value, "kept": winner.values.get(column)}
                 yield Finding("unsurfaced_conflict", key_name(winner.key), text, evidence)
+
+
+def _came_first(
+    loser: Effect, winner: Effect, last: tuple[Effect, Sequence[Effect]] | None
+) -> bool:
+    """True when only the winner explains what stands: whatever else was unordered came before."""
+    return last is not None and last[0] is winner and any(write is loser for write in last[1])
 
 
 def _taken_along(facts: Facts, key: Key) -> Iterator[Finding]:
@@ -139,16 +172,6 @@ def _knew(facts: Facts, txn: Transaction, change: Effect) -> bool:
     ]
     # What can't be compared may be newer.
     return any(compare_versions(version, change.version) in (None, 0, 1) for version in known)
-
-
-def _came_first(facts: Facts, spec: TableSpec, loser: Effect, winner: Effect, column: str) -> bool:
-    """True when only the winner explains the value that stands: then the loser came before it."""
-    row = facts.observation.rows.get(winner.key)
-    if row is None or winner.kind != "update" or not facts.one_life(winner.key):
-        return False
-    last = may_be_last(facts, winner.key, column)
-    explaining = [e for e in last if equals(spec, column, e, row.values.get(column))]
-    return explaining == [winner] and any(write is loser for write in last)
 
 
 def unrecorded(facts: Facts) -> Iterator[Finding]:

@@ -8,8 +8,10 @@ than there is, never more.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Literal
 
 from local_store import TableSpec
@@ -166,12 +168,22 @@ def compare_versions(one: str | None, other: str | None) -> int | None:
     """Order two server versions, as moments or integers; None when that is impossible."""
     if one is None or other is None:
         return None
-    for read in (datetime.fromisoformat, int):
-        try:
-            mine, theirs = read(one), read(other)
-            return (mine > theirs) - (mine < theirs)  # type: ignore[operator]
-        except (ValueError, TypeError):
-            continue
+    mine, theirs = _parsed(one), _parsed(other)
+    if isinstance(mine, datetime) and isinstance(theirs, datetime):
+        return (mine > theirs) - (mine < theirs)
+    if isinstance(mine, int) and isinstance(theirs, int):
+        return (mine > theirs) - (mine < theirs)
+    return None
+
+
+@lru_cache(maxsize=100_000)  # long histories compare the same few versions over and over
+def _parsed(version: str) -> datetime | int | None:
+    """Read a version as an aware moment or an integer; None when it is neither."""
+    with suppress(ValueError):
+        return int(version)
+    with suppress(ValueError):
+        moment = datetime.fromisoformat(version)
+        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     return None
 
 
@@ -199,8 +211,9 @@ def value_differs(spec: TableSpec, column: str, mine: Any, theirs: Any) -> bool:
     rule = spec.columns.get(column)
     if rule is not None and isinstance(mine, str) and isinstance(theirs, str):
         if rule.type == "timestamp":
-            apart = datetime.fromisoformat(mine) - datetime.fromisoformat(theirs)
-            return abs(apart.total_seconds()) > 1e-6  # Postgres rounds below a microsecond
+            with suppress(ValueError, TypeError):  # what isn't a moment is compared as text
+                apart = datetime.fromisoformat(mine) - datetime.fromisoformat(theirs)
+                return abs(apart.total_seconds()) > 1e-6  # Postgres rounds below a microsecond
         if rule.type == "uuid":
             return mine.lower() != theirs.lower()
     return bool(mine != theirs)

@@ -65,13 +65,11 @@ def equals(spec: TableSpec, column: str, effect: Effect, found: Any) -> bool:
 
 
 def shared(writes: Sequence[Effect]) -> bool:
-    """True when writers that didn't go through one log changed the same thing."""
-    return any(
-        one.txn is None or (other.txn is not None and foreign(one, other.txn))
-        for one in writes
-        for other in writes
-        if one is not other
-    )
+    """True when no one log knows all the writers of something."""
+    if len(writes) < 2:
+        return False
+    logs = [set(write.txn.positions) if write.txn is not None else set() for write in writes]
+    return not set.intersection(*logs)
 
 
 def recorded(facts: Facts, winner: Effect, loser: Effect, column: str | None = None) -> bool:

@@ -152,7 +152,9 @@ class RemoteModel:
         }
         known = self.ledger.get(item["txn_id"])
         if known is not None:
-            if known.user_id != item["user_id"] or known.digest != item["digest"]:
+            if known.user_id != item["user_id"]:
+                return {**told, "verdict": "rejected", "sqlstate": "42501"}
+            if known.digest != item["digest"]:
                 return {**told, "verdict": "rejected", "sqlstate": "SYT01"}
             chain.update(known.versions)
             rows = {key: self._seen(key, item["user_id"]) for key in known.versions}
@@ -162,7 +164,7 @@ class RemoteModel:
             return {**told, "verdict": "rejected", "sqlstate": "SYT02"}
         for predecessor in item["after"]:
             found = self.ledger.get(predecessor)
-            if found is None:
+            if found is None or found.user_id != item["user_id"]:
                 return {**told, "verdict": "held", "blocked_by": predecessor}
             for key, version in found.versions.items():
                 chain.setdefault(key, version)
@@ -185,6 +187,8 @@ class RemoteModel:
             row = self.rows.get((op["table"], op["id"]))
             if op["kind"] == "insert":
                 self._insert(index, op, item["user_id"])
+            elif row is None and op["kind"] == "delete":
+                continue  # a delete of its parent in this transaction took it along
             elif row is None or row.user_id != item["user_id"]:
                 raise Refusal("rejected", index, "42501", message="not the author's")
             elif op["kind"] == "update":
