@@ -85,8 +85,9 @@ def overwritten(facts: Facts) -> Iterator[Finding]:
             continue
         losers = [effect for effect in done if effect.kind == "update"]
         last = _last_words(facts, spec, key, losers)
-        for winner in [effect for effect in done if effect.kind != "insert"]:
-            if winner.txn is not None and not facts.decided_by_person(winner.txn):
+        for winner in done:
+            direct = winner.kind != "insert" and winner.via is None
+            if direct and winner.txn is not None and not facts.decided_by_person(winner.txn):
                 yield from _overwritten_by(facts, spec, winner, winner.txn, losers, last)
         if facts.cascades_recorded:
             yield from _taken_along(facts, key)
@@ -131,10 +132,24 @@ def _overwritten_by(
                 or not value_differs(spec, column, winner.values[column], value)
             ):
                 continue
-            if not recorded(facts, winner, loser, column):
+            if recorded(facts, winner, loser, column):
+                continue
+            if not _changed_nothing(facts, spec, loser, column):
                 text = f"{column}: {winner.name} overwrote {loser.name} without knowing it"
                 evidence = {"column": column, "lost": value, "kept": winner.values.get(column)}
                 yield Finding("unsurfaced_conflict", key_name(winner.key), text, evidence)
+
+
+def _changed_nothing(facts: Facts, spec: TableSpec, change: Effect, column: str) -> bool:
+    """True when a change may have found its own value there: then nothing of it could be lost."""
+    others = [e for e in facts.on(change.key, "yes", "maybe") if e.txn is not change.txn]
+    if change.version is not None and all(e.version != change.version for e in others):
+        return False  # it moved the row's version
+    return any(
+        equals(spec, column, other, change.values[column])
+        for other in others
+        if other.begin < change.begin
+    )
 
 
 def _came_first(
@@ -145,8 +160,11 @@ def _came_first(
 
 
 def _taken_along(facts: Facts, key: Key) -> Iterator[Finding]:
-    for end in facts.on(key, "yes"):
-        for birth in facts.on(key, "yes"):
+    done = facts.on(key, "yes")
+    if any(effect.kind == "delete" and effect.via is None for effect in done):
+        return  # nothing may have been left to take along
+    for end in done:
+        for birth in done:
             if end.txn is None or end.via is None or birth.kind != "insert":
                 continue
             concurrent = foreign(birth, end.txn) and not _knew(facts, end.txn, birth)

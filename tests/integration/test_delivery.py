@@ -11,7 +11,7 @@ import pytest
 from local_store import Delete, Insert, LocalStore, Update, user_uuid
 from local_store.clock import ManualClock, new_id
 from syncer.audit import audit
-from syncer.flusher import Flusher, drain
+from syncer.flusher import Flusher, FlushReport, drain
 from syncer.remote import SupabaseRemote, TableRead
 from syncer.sessions.tables import SESSION_TABLES
 from syncer.testkit.fault_proxy import FaultProxy
@@ -101,7 +101,7 @@ def test_a_reply_lost_after_the_commit_makes_no_duplicate(store, flusher, proxy,
     assert (lost.stopped, lost.pending) == ("outage", 2)
     assert count(sql, "session_revisions") == 1  # it did happen
     clock.advance(60)
-    report = flusher.flush_once()
+    report = _until(flusher, clock, "budget")
     assert (report.duplicate, report.applied, report.pending) == (2, 0, 0)
     assert count(sql, "session_revisions") == 1
     assert count(sql, "sync.ledger") == 2
@@ -149,7 +149,7 @@ def test_postgres_and_postgrest_stopped_is_an_outage_and_recovers(
             clock.advance(30)
         session(store)
     clock.advance(30)
-    report = drain(flusher, clock, budget_s=30)
+    report = _until(flusher, clock, "budget")  # PostgREST replaces its dead connections first
     assert (report.applied, report.pending) == (2, 0)
 
 
@@ -177,13 +177,13 @@ def test_a_project_without_the_migrations_stops_with_schema(store, fresh_supabas
     assert store.stats()["pending"] == 0
 
 
-def _until(flusher: Flusher, clock: ManualClock, stopped: str) -> None:
-    """PostgREST reloads its schema cache in its own time; bounded by calls, not by luck."""
+def _until(flusher: Flusher, clock: ManualClock, stopped: str) -> FlushReport:
+    """Flush until a pass stops so: PostgREST reconnects and reloads its cache in its own time."""
     for _ in range(400):
         report = flusher.flush_once()
         clock.advance(60)
         if report.stopped == stopped:
-            return
+            return report
     raise AssertionError(f"never stopped with {stopped}: {report}")
 
 
