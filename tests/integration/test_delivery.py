@@ -33,10 +33,8 @@ def store(tmp_path: Path) -> Iterator[LocalStore]:
 
 
 @pytest.fixture
-def proxy(fresh_supabase) -> Iterator[FaultProxy]:
-    port = int(fresh_supabase.url.rsplit(":", 1)[1])
-    with FaultProxy.start("127.0.0.1", port) as running:
-        yield running
+def proxy(fault_proxy: FaultProxy) -> FaultProxy:
+    return fault_proxy
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,18 @@ COMMENTS = TableSpec(
     parent=("note_id", "notes"),
 )
 TABLES = [NOTES, COMMENTS]
+
+
+@contextmanager
+def opened(folder: Path, stores: int, kind: type[RemoteModel] = RemoteModel) -> Iterator[World]:
+    """Give a world with so many buffers and close them at the end."""
+    world = World(folder, kind)
+    try:
+        for number in range(stores):
+            world.open(number)
+        yield world
+    finally:
+        world.close()
 
 
 @dataclass
