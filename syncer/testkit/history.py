@@ -27,7 +27,8 @@ The kinds, each found by one or two small functions:
 - `resurrected`: refused, discarded, parked, yet with an effect or a ledger row; or a row that
   stands although its delete came last.
 - `duplicated`: a transaction, a seq or an insert twice; a copy of an inserted row under another id;
-  an effect that is there while its transaction waits to be delivered.
+  an effect that is there while its transaction waits to be delivered, or was refused when it was
+  tried again.
 - `order`: a later call with an earlier seq; server versions against the order of a log; a column
   that holds an older value of the only log that wrote it.
 - `cross_user`: a row, a ledger row or a buffer's entry under another user than the author's; an

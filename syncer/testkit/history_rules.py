@@ -94,6 +94,20 @@ def duplicated(facts: Facts) -> Iterator[Finding]:
             if entry.state == "dead" and txn.state == "applied" and entry.digest in digests:
                 text = "applied on the server and a dead letter here: a retry makes it twice"
                 yield Finding("duplicated", txn.txn_id, text, {"log_id": log_id})
+        if txn.state in ("conflict", "dead") and (met := _own_inserts_there(facts, txn)):
+            text = f"is {txn.state}, yet its own inserts stand: it took effect and was tried again"
+            yield Finding("duplicated", txn.txn_id, text, {"rows": [key_name(key) for key in met]})
+
+
+def _own_inserts_there(facts: Facts, txn: Transaction) -> list[Key]:
+    """Return the rows that only this transaction can have made and that are there."""
+    found = []
+    for op in txn.ops:
+        key = (op.table, op.id)
+        others = [e for e in facts.effects.get(key, ()) if e.kind == "insert" and e.txn is not txn]
+        if op.kind == "insert" and key in facts.observation.rows and not others:
+            found.append(key)
+    return found
 
 
 def _ledger_twice(facts: Facts) -> Iterator[Finding]:
