@@ -62,7 +62,7 @@ def test_the_gateway_answers_5xx_while_postgrest_is_gone(local_supabase):
     local_supabase.stop_postgrest()
     try:
         reply = get(local_supabase, "sessions", local_supabase.secret_key)
-        assert reply.status_code == 503
+        assert reply.status_code in (502, 503)
     finally:
         local_supabase.start_postgrest()
     assert get(local_supabase, "sessions", local_supabase.secret_key).status_code == 200
