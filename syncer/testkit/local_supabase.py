@@ -234,6 +234,12 @@ class LocalSupabase:
         if self._temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
 
+    def remove(self) -> None:
+        """End it and delete its data, also the part that stands elsewhere when root runs it."""
+        self.stop()
+        self._cluster.remove()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     # -- bringing up --
 
     def _bring_up(self, migrated: bool) -> None:

@@ -131,6 +131,12 @@ class Cluster:
         """Stop the server: `immediate` as a crash does, otherwise after a checkpoint."""
         self._pid_file.end(signal.SIGQUIT if immediate else signal.SIGINT)
 
+    def remove(self) -> None:
+        """Delete the cluster; it must be stopped."""
+        shutil.rmtree(self._data, ignore_errors=True)
+        if self._home != self._folder:
+            shutil.rmtree(self._home, ignore_errors=True)
+
     def _wait_ready(self, log_file: Path) -> None:
         end = self._clock.monotonic() + READY_TIMEOUT_S
         while True:

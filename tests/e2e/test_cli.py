@@ -14,6 +14,7 @@ from local_store.clock import new_id
 from syncer.sessions.tables import SESSION_TABLES
 from syncer.testkit import wait_until
 from syncer.testkit.api_process import free_port
+from syncer.testkit.local_supabase import LocalSupabase
 from tests.e2e.conftest import bare_environment
 
 USER = "github:42"
@@ -194,4 +195,4 @@ def test_a_local_supabase_starts_stops_and_keeps_its_data(syncer, tmp_path):
         with psycopg.connect(env["DATABASE_URL"]) as sql:
             assert sql.execute("select count(*) from sessions").fetchone() == (1,)
     finally:
-        syncer("supabase", "stop", "--dir", folder)
+        LocalSupabase.attach(tmp_path / "stack").remove()

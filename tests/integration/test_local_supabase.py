@@ -133,8 +133,9 @@ def test_a_folder_whose_processes_were_killed_starts_again_with_its_data(tmp_pat
         with psycopg.connect(stack.database_url) as sql:
             assert sql.execute("select count(*) from sessions").fetchone() == (1,)
     finally:
-        stack.stop()
+        stack.remove()
     assert stack.pids() == []
+    assert not stack.folder.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="run as an ordinary user: every other test shows it")
