@@ -3,14 +3,19 @@
 -- A batch is one Postgres transaction. In it each delivered transaction is all or nothing, and gets
 -- one verdict, in the order sent:
 --
---   guard → lock the log → remember its end → lock rows in one order → for each transaction:
+--   guard → lock the log → remember its end → lock rows in one order → for each author's run of
+--   transactions (plain ones in one stretch as the author, the others one by one):
 --     in the ledger?            duplicate, with the versions stored then and the rows as they are
+--     parked or discarded?      parked, with its state
+--     at or below the floor?    fenced: the ledger has forgotten whether it was applied
 --     a predecessor missing?    held, blocked_by
---     a row not at its base?    conflict, with the rows as the author sees them
+--     a row not at its base?    conflict, with the rows as the author sees them (null: deleted)
+--     a row that isn't there?   held: it may still come with another log
 --     take effect as the author under row-level security
 --       refused by the data     rejected, with SQLSTATE and op      (a person must look)
 --       refused for now         held, with SQLSTATE                 (a parent or a column is missing)
---     write the ledger row      applied, with the new versions
+--     write the ledger row, conflict records, what the deletes took along
+--                               applied, with the new versions
 --
 -- Final verdicts are in the ledger; conflict, held and rejected leave no trace, so they can be sent
 -- again. Conflicts are data in the reply, never errors: PostgREST retries serialisation errors by
@@ -18,278 +23,77 @@
 -- must not turn a batch into dead letters.
 --
 -- The caller is service_role; effects run as `authenticated` with the author's claims. Whoever may
--- execute these functions can act as anybody, so nobody else may, and each checks again.
+-- execute these functions can act as anybody, so nobody else may, and each checks again. How an op
+-- becomes SQL, and how the role goes there and back: 013.
 
-drop function if exists sync.prepare_op(jsonb);  -- took no author before
+drop function if exists sync.apply_transaction(uuid, jsonb, jsonb);  -- knew no floor before
+drop function if exists sync.known(jsonb);                           -- knew no log before
+drop function if exists sync.find_stale(jsonb);                      -- now sync.look
 
--- First line of every function that the API exposes here.
-create or replace function sync.guard() returns void
-language plpgsql set search_path = '' as $$
-begin
-  if current_user <> 'service_role' then
-    raise exception 'only service_role may call the sync functions' using errcode = '42501';
-  end if;
-end $$;
-
--- A protocol error is the sender's bug: it fails the call and nothing of the batch happens.
-create or replace function sync.protocol_error(p_message text) returns void
-language plpgsql set search_path = '' as $$
-begin
-  raise exception 'sync protocol: %', p_message using errcode = 'SYP01';
-end $$;
-
--- Ids arrive as text. One that can't be a key of its table is left out of the lock and fails in its
--- own transaction later, instead of failing everybody's here.
-create or replace function sync.keys_of(p_ids text[], p_key_type text) returns text[]
-language sql immutable set search_path = '' as $$
-  select coalesce(array_agg(distinct i), '{}') from unnest(p_ids) i
-  where p_key_type <> 'uuid'
-    or i ~* '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$'
-$$;
-
--- Lock every row that the batch writes, and the parents that counters will touch: tables in their
--- registered order, rows by key. Without it two batches lock shared parents crosswise and deadlock.
--- A child that is already there is counted at its parent too, so its parent is looked up as well.
---
--- A row that somebody holds must not stop everybody else's transactions: when the wait is over
--- (lock_timeout of the RPC), the rest of the call goes on without this table's locks and waits a
--- blink per transaction, which makes the ones on that row `held`. Waits that short can't deadlock:
--- Postgres looks for a deadlock after a second.
-create or replace function sync.lock_rows(p_transactions jsonb) returns void
-language plpgsql set search_path = '' as $$
-declare
-  v_table sync.tables;
-  v_child sync.tables;
-  v_names text[];
-  v_ids text[];
-  v_kinds text[];
-  v_values_parents text[];
-  v_wanted text[];
-  v_parents text[];
-begin
-  select array_agg(o ->> 'table'), array_agg(o ->> 'id'), array_agg(o ->> 'kind'),
-      array_agg(o -> 'values' ->> c.parent_column)
-    into v_names, v_ids, v_kinds, v_values_parents
-    from jsonb_array_elements(p_transactions) t
-    cross join jsonb_array_elements(t -> 'ops') o
-    left join sync.tables c on c.name = o ->> 'table';
-  for v_table in select t.* from sync.tables t order by t.position loop
-    select array_agg(x.id) into v_wanted
-      from unnest(v_names, v_ids) x (name, id) where x.name = v_table.name;
-    begin
-      for v_child in select c.* from sync.tables c where c.parent_name = v_table.name loop
-        execute format(
-          'select array_agg(distinct t.%I::text) from %I.%I t where t.%I = any ($1::%s[])',
-          v_child.parent_column, v_child.schema_name, v_child.name, v_child.key_column,
-          v_child.key_type)
-          into v_parents
-          using sync.keys_of(
-            (select array_agg(x.id) from unnest(v_names, v_ids, v_kinds) x (name, id, kind)
-              where x.name = v_child.name and x.kind <> 'insert'), v_child.key_type);
-        v_wanted := v_wanted || v_parents
-          || (select array_agg(x.parent) from unnest(v_names, v_values_parents) x (name, parent)
-                where x.name = v_child.name);
-      end loop;
-      continue when v_wanted is null;
-      execute format(
-        'select 1 from %I.%I t where t.%I = any ($1::%s[]) order by t.%I for %s',
-        v_table.schema_name, v_table.name, v_table.key_column, v_table.key_type,
-        v_table.key_column,
-        -- A delete needs the stronger lock; getting it later could deadlock with a foreign key's.
-        case when exists (select from unnest(v_names, v_kinds) x (name, kind)
-              where x.name = v_table.name and x.kind = 'delete')
-          then 'update' else 'no key update' end)
-        using sync.keys_of(v_wanted, v_table.key_type);
-    exception
-      when undefined_table or undefined_column then
-        null;  -- changed under a running system: its transactions are held one by one below
-      when lock_not_available then
-        perform set_config('lock_timeout', '20ms', true);  -- ends with the RPC, which sets its own
-    end;
-  end loop;
-end $$;
-
--- What is needed to carry out one op, prepared while still service_role: the author may read
--- neither sync.tables nor call functions in this schema.
--- What can't be done at all becomes `problem` and is raised in its turn, so that the reply can name
--- the op, and a conflict on another row of the transaction still outranks it.
-create or replace function sync.prepare_op(p_op jsonb, p_user uuid) returns jsonb
-language plpgsql stable set search_path = '' as $$
-declare
-  v_values constant jsonb := coalesce(nullif(p_op -> 'values', 'null'), '{}');
-  v_key constant text := (p_op ->> 'table') || '/' || (p_op ->> 'id');
-  v_table sync.tables;
-  v_columns text[];
-  v_forbidden text;
-  v_set text;
-  v_target text;
-begin
-  select t.* into v_table from sync.tables t where t.name = p_op ->> 'table';
-  if not found then
-    return jsonb_build_object('key', v_key, 'problem', '42P01',
-      'says', format('table %s is not registered', p_op ->> 'table'));
-  end if;
-  if jsonb_typeof(v_values) <> 'object' then
-    return jsonb_build_object('key', v_key, 'problem', '22023', 'says', 'values must be an object');
-  end if;
-  if sync.keys_of(array[p_op ->> 'id'], v_table.key_type) = '{}' then
-    return jsonb_build_object('key', v_key, 'problem', '22P02',
-      'says', 'the id is no key of the table');
-  end if;
-  -- Key and owner may be repeated in values, as long as they say the same.
-  select coalesce(array_agg(k order by k), '{}') into v_columns from jsonb_object_keys(v_values) k
-    where not (k = v_table.key_column and v_values ->> k = p_op ->> 'id')
-      and not (k = v_table.owner_column and v_values ->> k = p_user::text);
-  select c into v_forbidden from unnest(v_columns) c
-    where c = any (v_table.server_owned || array[
-      v_table.key_column, v_table.owner_column, v_table.version_column])
-    limit 1;
-  if v_forbidden is not null then
-    return jsonb_build_object('key', v_key, 'problem', '22023',
-      'says', format('column %s is owned by the server', v_forbidden));
-  end if;
-  v_target := format('%I.%I', v_table.schema_name, v_table.name);
-  return jsonb_build_object(
-    'key', v_key,
-    'values', v_values,
-    'version_sql', format('select to_json(t.%I) #>> ''{}'' from %s t where t.%I = $1::%s',
-      v_table.version_column, v_target, v_table.key_column, v_table.key_type),
-    -- Locks what lock_rows couldn't: nobody may come between this look and the effect.
-    'stale_sql', format('select t.%I is distinct from $2::%s from %s t where t.%I = $1::%s'
-      ' for no key update',
-      v_table.version_column, v_table.version_type, v_target, v_table.key_column,
-      v_table.key_type),
-    'row_sql', format('select to_jsonb(t) from %s t where t.%I = $1::%s',
-      v_target, v_table.key_column, v_table.key_type),
-    'effect_sql', case p_op ->> 'kind'
-      -- Only the columns that were sent: an absent one gets its default, not NULL.
-      when 'insert' then format(
-        'insert into %s (%I, %I%s) select $1::%s, $3%s from jsonb_populate_record(null::%s, $2) r',
-        v_target, v_table.key_column, v_table.owner_column,
-        (select coalesce(string_agg(', ' || quote_ident(c), ''), '') from unnest(v_columns) c),
-        v_table.key_type,
-        (select coalesce(string_agg(', r.' || quote_ident(c), ''), '') from unnest(v_columns) c),
-        v_target)
-      when 'update' then case when v_columns = '{}' then format(
-        'select 1 from %s t where t.%I = $1::%s', v_target, v_table.key_column, v_table.key_type)
-      else format(
-        'update %s t set %s from jsonb_populate_record(null::%s, $2) r where t.%I = $1::%s',
-        v_target,
-        (select string_agg(format('%1$I = r.%1$I', c), ', ') from unnest(v_columns) c),
-        v_target, v_table.key_column, v_table.key_type) end
-      when 'delete' then format('delete from %s t where t.%I = $1::%s',
-        v_target, v_table.key_column, v_table.key_type)
-    end);
-end $$;
-
--- Become the author for what follows in this database transaction. Both forms of the claims are set,
--- because auth.uid() prefers the older one. The way back is set_config('role', 'service_role'), not
--- RESET ROLE, which lands on the connection's login role.
-create or replace function sync.enter(p_user uuid, p_accepted_at text) returns void
-language plpgsql set search_path = '' as $$
-begin
-  perform set_config('sync.accepted_at', coalesce(p_accepted_at, ''), true),
-    set_config('request.jwt.claim.sub', p_user::text, true),
-    set_config('request.jwt.claims',
-      json_build_object('sub', p_user, 'role', 'authenticated')::text, true);
-  perform set_config('role', 'authenticated', true);
-end $$;
-
--- Nobody's claims and no moment of acceptance outlast a call. The argument: the claims before it.
-create or replace function sync.leave(p_claims text) returns void
-language plpgsql set search_path = '' as $$
-begin
-  perform set_config('sync.accepted_at', '', true), set_config('request.jwt.claim.sub', '', true),
-    set_config('request.jwt.claims', coalesce(p_claims, ''), true);
-end $$;
-
--- Rows as a user sees them: {key: row or null}. Each read is {key, id, row_sql}.
-create or replace function sync.see(p_user uuid, p_reads jsonb) returns jsonb
-language plpgsql set search_path = '' as $$
-declare
-  v_read jsonb;
-  v_row jsonb;
-  v_rows jsonb := '{}';
-begin
-  perform sync.enter(p_user, null);
-  for v_read in select r from jsonb_array_elements(p_reads) r loop
-    v_row := null;
-    execute v_read ->> 'row_sql' into v_row using v_read ->> 'id';
-    v_rows := v_rows || jsonb_build_object(v_read ->> 'key', v_row);
-  end loop;
-  perform set_config('role', 'service_role', true);
-  return v_rows;
-end $$;
-
--- Which rows of a transaction aren't where its author believed: [{key, id, row_sql, op}], empty when
--- all are. Runs as service_role, so that a hidden row is told from an absent one by the caller.
-create or replace function sync.find_stale(p_ops jsonb) returns jsonb
+-- Which rows of a transaction aren't where its author believed: {stale: [op, …], absent: index of
+-- the first op whose row isn't there, nor known to be deleted}. Runs as service_role, so that a
+-- hidden row is told from an absent one by the caller.
+create or replace function sync.look(p_ops jsonb, p_user uuid) returns jsonb
 language plpgsql set search_path = '' as $$
 declare
   v_op jsonb;
-  v_stale boolean;
-  v_found jsonb := '[]';
+  v_index int := -1;
+  v_moved boolean;
+  v_stale jsonb := '[]';
+  v_absent int;
 begin
   for v_op in select o from jsonb_array_elements(p_ops) o loop
+    v_index := v_index + 1;
     -- An earlier op of the same transaction made it, or it can't be looked at.
-    continue when v_op ->> 'follows' = 'true' or v_op ? 'problem';
-    v_stale := null;
-    execute v_op ->> 'stale_sql' into v_stale using v_op ->> 'id', v_op ->> 'base';
+    continue when (v_op ->> 'follows')::boolean or v_op ? 'problem';
+    v_moved := null;
+    execute v_op ->> 'stale_sql' into v_moved using v_op ->> 'id', v_op ->> 'base';
     if v_op ->> 'kind' = 'insert' then
-      v_stale := v_stale is not null;           -- any row under this id
-    else
-      v_stale := coalesce(v_stale, true);       -- no row, or another version
+      continue when v_moved is null;
+      v_moved := true;  -- any row under this id
+    elsif v_moved is null then
+      if sync.was_deleted(v_op ->> 'key', p_user) then
+        continue when v_op ->> 'kind' = 'delete';  -- both sides wanted that
+        v_moved := true;
+      elsif not (v_op ->> 'kind' = 'delete' and (v_op ->> 'never')::boolean) then
+        v_absent := coalesce(v_absent, v_index);
+      end if;
     end if;
-    if v_stale then
-      v_found := v_found || jsonb_build_array(v_op);
+    if v_moved then
+      v_stale := v_stale || jsonb_build_array(v_op);
     end if;
   end loop;
-  return v_found;
+  return jsonb_build_object('stale', v_stale, 'absent', v_absent);
 end $$;
 
--- Fill in each op's statements and its base; `chained` is the version that this log's earlier
--- transaction produced: in this batch, or, after a lost reply, as the ledger stored it.
-create or replace function sync.prepare(
-  p_transaction jsonb, p_chain jsonb
-) returns jsonb language plpgsql set search_path = '' as $$
+-- Did this author have that row (`table/id`), and is it gone? Others' rows leave no trace for them.
+create or replace function sync.was_deleted(p_key text, p_user uuid) returns boolean
+language sql stable set search_path = '' as $$
+  select exists (select from sync.tombstones t
+    where t.table_name = split_part(p_key, '/', 1)
+      and t.row_id = substr(p_key, strpos(p_key, '/') + 1) and t.user_id = p_user)
+$$;
+
+-- The parents that a refused transaction named and its author deleted: {key: null, …}.
+create or replace function sync.deleted_parents(p_ops jsonb, p_user uuid) returns jsonb
+language plpgsql stable set search_path = '' as $$
 declare
-  v_op jsonb;
   v_key text;
-  v_base text;
-  v_seen text[] := '{}';
-  v_prepared jsonb := '[]';
+  v_table sync.tables;
+  v_there boolean;
+  v_gone jsonb := '{}';
 begin
-  for v_op in select o from jsonb_array_elements(p_transaction -> 'ops') o loop
-    if coalesce(v_op ->> 'kind', '') not in ('insert', 'update', 'delete') then
-      perform sync.protocol_error('an op has no known kind');
+  for v_key in select distinct o ->> 'parent' from jsonb_array_elements(p_ops) o
+      where sync.was_deleted(o ->> 'parent', p_user) loop
+    select t.* into v_table from sync.tables t where t.name = split_part(v_key, '/', 1);
+    execute format('select exists (select from %I.%I t where t.%I::text = $1)',
+      v_table.schema_name, v_table.name, v_table.key_column)
+      into v_there using substr(v_key, strpos(v_key, '/') + 1);
+    if not v_there then  -- it may have come back by hand, which clears no tombstone
+      v_gone := v_gone || jsonb_build_object(v_key, null);
     end if;
-    v_key := (v_op ->> 'table') || '/' || (v_op ->> 'id');
-    if v_key is null then
-      perform sync.protocol_error('an op without a table or an id');
-    end if;
-    v_base := v_op ->> 'base';
-    if v_base = 'chained' and not v_key = any (v_seen) then
-      v_base := p_chain ->> v_key;
-      if v_base is null then
-        select l.versions ->> v_key into v_base from sync.ledger l
-          where l.txn_id in (
-            select a::uuid from jsonb_array_elements_text(p_transaction -> 'after') a)
-            and l.user_id = (p_transaction ->> 'user_id')::uuid
-            and l.versions ->> v_key is not null
-          order by l.seq desc limit 1;
-      end if;
-      if v_base is null and not p_chain ? v_key then
-        perform sync.protocol_error('chained without a predecessor: ' || v_key);
-      end if;
-    elsif v_base is null and v_op ->> 'kind' <> 'insert' then
-      perform sync.protocol_error('an ' || (v_op ->> 'kind') || ' without a base: ' || v_key);
-    end if;
-    v_prepared := v_prepared || jsonb_build_array(
-      v_op || sync.prepare_op(v_op, (p_transaction ->> 'user_id')::uuid)
-        || jsonb_build_object('base', v_base, 'follows', v_key = any (v_seen)));
-    v_seen := v_seen || v_key;
   end loop;
-  return v_prepared;
+  return v_gone;
 end $$;
 
 -- Does the refusal belong to the data (rejected), to the moment (held), or to nobody (null)?
@@ -299,7 +103,7 @@ language sql immutable set search_path = '' as $$
     when p_sqlstate like '22%' then 'rejected'
     when p_sqlstate in ('23502', '23505', '23514', '23P01', '42501', '54000', 'P0001')
       then 'rejected'
-    when p_sqlstate in ('23503', '55P03', '42P01', '42703', '42883', '42804') then 'held'
+    when p_sqlstate in ('02000', '23503', '55P03', '42P01', '42703', '42883', '42804') then 'held'
   end
 $$;
 
@@ -362,27 +166,109 @@ language sql stable set search_path = '' as $$
   join sync.tables s on s.name = split_part(k, '/', 1)
 $$;
 
--- What the ledger says of a transaction; null when it doesn't know it. Whoever sends another author's
--- txn_id hears what they would hear of a hidden row.
-create or replace function sync.known(p_transaction jsonb) returns jsonb
-language plpgsql set search_path = '' as $$
+-- What a transaction's row set was: {key: null} for each row it writes. Its rows are shown to the
+-- author when it comes to nothing.
+create or replace function sync.row_keys(p_ops jsonb) returns jsonb
+language sql immutable set search_path = '' as $$
+  select coalesce(jsonb_object_agg((o ->> 'table') || '/' || (o ->> 'id'), null), '{}')
+    from jsonb_array_elements(p_ops) o
+$$;
+
+-- The transaction that stands for one in the end: edits replace edits.
+create or replace function sync.successor_of(p_txn_id uuid) returns uuid
+language sql stable set search_path = '' as $$
+  with recursive x (txn_id) as (
+    select p_txn_id
+    union select l.replaced_by from x join sync.ledger l on l.txn_id = x.txn_id
+      where l.replaced_by is not null)
+  select x.txn_id from x left join sync.ledger l on l.txn_id = x.txn_id
+    where l.replaced_by is null limit 1
+$$;
+
+-- This position of a log is answered by a transaction that came through another log.
+create or replace function sync.note_alias(
+  p_log_id uuid, p_transaction jsonb, p_other_log uuid
+) returns void language plpgsql set search_path = '' as $$
+begin
+  if p_log_id <> p_other_log then
+    insert into sync.aliases (log_id, seq, txn_id)
+      values (p_log_id, (p_transaction ->> 'seq')::bigint, (p_transaction ->> 'txn_id')::uuid)
+      on conflict do nothing;
+  end if;
+end $$;
+
+-- What is remembered of a transaction; null when it is new. Whoever sends another author's txn_id
+-- hears what they would hear of a hidden row. `p_retry`: it is the parked copy that asks.
+create or replace function sync.known(
+  p_log_id uuid, p_transaction jsonb, p_retry boolean
+) returns jsonb language plpgsql set search_path = '' as $$
 declare
   v_user constant uuid := (p_transaction ->> 'user_id')::uuid;
   v_known sync.ledger;
+  v_parked sync.parked;
 begin
   select l.* into v_known from sync.ledger l where l.txn_id = (p_transaction ->> 'txn_id')::uuid;
+  if found then
+    if v_known.user_id <> v_user then
+      return jsonb_build_object('verdict', 'rejected', 'sqlstate', '42501',
+        'message', 'the row is not the author''s');
+    elsif v_known.digest is distinct from p_transaction ->> 'digest' then
+      return jsonb_build_object('verdict', 'rejected', 'sqlstate', 'SYT01',
+        'message', 'this txn_id was applied with other content');
+    end if;
+    perform sync.note_alias(p_log_id, p_transaction, v_known.log_id);
+    if v_known.verdict = 'applied' then
+      return jsonb_build_object('verdict', 'duplicate', 'versions', v_known.versions,
+        'rows', sync.see(v_user, sync.reads_for(v_known.versions)));
+    elsif v_known.replaced_by is not null and exists (select from sync.parked p
+        where p.txn_id = sync.successor_of(v_known.txn_id) and p.state <> 'superseded') then
+      return jsonb_build_object('verdict', 'parked', 'state', 'dead',
+        'message', 'edited; the edited transaction still waits');
+    end if;
+    return jsonb_build_object('verdict', 'parked', 'state', 'discarded',
+      'rows', sync.see(v_user, sync.reads_for(v_known.versions)));
+  elsif p_retry then
+    return null;
+  end if;
+  select p.* into v_parked from sync.parked p
+    where p.txn_id = (p_transaction ->> 'txn_id')::uuid
+      and p.user_id = v_user and p.digest = p_transaction ->> 'digest'
+    limit 1;
   if not found then
     return null;
-  elsif v_known.user_id <> v_user then
-    return jsonb_build_object('verdict', 'rejected', 'sqlstate', '42501',
-      'message', 'the row is not the author''s');
-  elsif v_known.digest is distinct from p_transaction ->> 'digest' then
-    return jsonb_build_object('verdict', 'rejected', 'sqlstate', 'SYT01',
-      'message', 'this txn_id was applied with other content');
   end if;
-  return jsonb_build_object('verdict', 'duplicate', 'versions', v_known.versions,
-    'rows', sync.see(v_user, sync.reads_for(v_known.versions)));
+  perform sync.note_alias(p_log_id, p_transaction, v_parked.log_id);
+  return jsonb_build_object('verdict', 'parked', 'state', v_parked.state,
+    'blocked_by', v_parked.blocked_by, 'sqlstate', v_parked.sqlstate, 'op', v_parked.op,
+    'message', v_parked.message,
+    'rows', case when v_parked.state = 'superseded'
+      then sync.see(v_user, sync.reads_for(sync.row_keys(v_parked.item -> 'ops'))) else '{}' end);
 end $$;
+
+-- Is this position of the log taken by another transaction? Then the log has forked: its file was
+-- restored from a backup and written to again.
+create or replace function sync.seq_taken(p_log_id uuid, p_seq bigint) returns boolean
+language sql stable set search_path = '' as $$
+  select exists (select from sync.ledger l where l.log_id = p_log_id and l.seq = p_seq)
+    or exists (select from sync.parked p where p.log_id = p_log_id and p.seq = p_seq)
+    or exists (select from sync.aliases a where a.log_id = p_log_id and a.seq = p_seq)
+$$;
+
+-- The predecessor that a transaction must wait for; null when all have been applied. A delete
+-- doesn't wait for what is parked: that work is superseded by it.
+create or replace function sync.blocker_of(p_transaction jsonb) returns text
+language sql stable set search_path = '' as $$
+  select a from jsonb_array_elements_text(p_transaction -> 'after') a
+    where not exists (select from sync.ledger l where l.txn_id = a::uuid
+        and l.user_id = (p_transaction ->> 'user_id')::uuid and l.verdict = 'applied')
+      and not (
+        exists (select from sync.parked p where p.txn_id = a::uuid
+          and p.user_id = (p_transaction ->> 'user_id')::uuid)
+        and not exists (select from jsonb_array_elements(p_transaction -> 'ops') o
+          where o ->> 'kind' <> 'delete')
+        and p_transaction -> 'ops' <> '[]')
+    limit 1
+$$;
 
 -- Undone by a cascade of the same transaction: a delete of a child after its parent's finds nothing
 -- and is done all the same. Asked as service_role, since hidden is not gone.
@@ -395,17 +281,94 @@ begin
   return not v_there;
 end $$;
 
--- One transaction: its verdict without the txn_id.
+-- Children of a row that go with it although its deleter didn't know them, or not as they are now:
+-- {key: row}. `children` of the op names those that were known, with the version they had (null:
+-- the author's own change was still under way).
+create or replace function sync.strange_children(p_op jsonb, p_user uuid) returns jsonb
+language plpgsql set search_path = '' as $$
+declare
+  v_child sync.tables;
+  v_found record;
+  v_key text;
+  v_strange jsonb := '{}';
+begin
+  for v_child in select c.* from sync.tables c where c.parent_name = p_op ->> 'table' loop
+    for v_found in execute format(
+      'select t.%1$I::text as id, to_jsonb(t) as r, t.%2$I is distinct from'
+      ' ($3 -> ''children'' ->> (%3$L || ''/'' || t.%1$I::text))::%4$s as moved'
+      ' from %5$I.%3$I t where t.%6$I::text = $1 and t.%7$I = $2 order by t.%1$I',
+      v_child.key_column, v_child.version_column, v_child.name, v_child.version_type,
+      v_child.schema_name, v_child.parent_column, v_child.owner_column)
+      using p_op ->> 'id', p_user, p_op
+    loop
+      v_key := v_child.name || '/' || v_found.id;
+      if not (p_op -> 'children') ? v_key
+          or (p_op -> 'children' ->> v_key is not null and v_found.moved) then
+        v_strange := v_strange || jsonb_build_object(v_key, v_found.r);
+      end if;
+      v_strange := v_strange || sync.strange_children(jsonb_build_object(
+        'table', v_child.name, 'id', v_found.id, 'children', p_op -> 'children'), p_user);
+    end loop;
+  end loop;
+  return v_strange;
+end $$;
+
+-- Conflict records of a transaction, once however often it is delivered.
+create or replace function sync.record_conflicts(
+  p_log_id uuid, p_transaction jsonb, p_records jsonb
+) returns void language sql set search_path = '' as $$
+  insert into sync.conflicts (txn_id, log_id, seq, user_id, table_name, row_id, columns, base, mine,
+      theirs, theirs_version, policy, outcome, note, through)
+    select (p_transaction ->> 'txn_id')::uuid, p_log_id, (p_transaction ->> 'seq')::bigint,
+      (p_transaction ->> 'user_id')::uuid, r ->> 'table', r ->> 'id',
+      array(select jsonb_array_elements_text(coalesce(r -> 'columns', '[]'))),
+      r -> 'base', r -> 'mine', r -> 'theirs', r ->> 'theirs_version',
+      coalesce(r ->> 'policy', 'merge'), r ->> 'outcome', r ->> 'note', (r ->> 'through')::uuid
+    from jsonb_array_elements(coalesce(p_records, '[]')) r
+    on conflict on constraint conflicts_once do nothing
+$$;
+
+-- What follows from an effect: deleted rows take parked work of their author with them, rows that
+-- came back are no longer dead.
+create or replace function sync.settle_around(
+  p_user uuid, p_ops jsonb, p_versions jsonb, p_since timestamptz
+) returns void language plpgsql set search_path = '' as $$
+declare
+  v_gone text[];
+begin
+  if exists (select from jsonb_array_elements(p_ops) o where o ->> 'kind' = 'delete') then
+    select coalesce(array_agg(t.table_name || '/' || t.row_id), '{}')
+        || array(select o ->> 'key' from jsonb_array_elements(p_ops) o where o ->> 'kind' = 'delete')
+      into v_gone from sync.tombstones t where t.user_id = p_user and t.deleted_at >= p_since;
+    with superseded as (
+      update sync.parked p set state = 'superseded', changed_at = clock_timestamp()
+        where p.user_id = p_user and p.state <> 'superseded' and p.keys && v_gone
+        returning p.txn_id)
+    update sync.conflicts c set resolution = 'discarded', resolved_at = clock_timestamp()
+      from superseded s where c.txn_id = s.txn_id and c.outcome = 'manual' and c.resolved_at is null;
+  end if;
+  delete from sync.tombstones t using jsonb_array_elements(p_ops) o
+    where o ->> 'kind' = 'insert' and t.table_name = o ->> 'table' and t.row_id = o ->> 'id'
+      and p_versions ->> (o ->> 'key') is not null;
+end $$;
+
+-- One transaction: its verdict without the txn_id. `p_floor` null: a parked copy is tried again, which
+-- neither its own parking nor the floor may stop.
 create or replace function sync.apply_transaction(
-  p_log_id uuid, p_transaction jsonb, p_chain jsonb
+  p_log_id uuid, p_floor bigint, p_transaction jsonb, p_chain jsonb
 ) returns jsonb language plpgsql set search_path = '' as $$
 declare
   v_txn_id constant uuid := (p_transaction ->> 'txn_id')::uuid;
   v_user constant uuid := (p_transaction ->> 'user_id')::uuid;
+  v_seq constant bigint := (p_transaction ->> 'seq')::bigint;
+  v_retry constant boolean := p_floor is null;
+  v_began timestamptz;
   v_known jsonb;
   v_blocker text;
   v_ops jsonb;
-  v_stale jsonb := '[]';
+  v_look jsonb := '{"stale": []}';
+  v_strange jsonb;
+  v_records jsonb := coalesce(p_transaction -> 'records', '[]');
   v_versions jsonb;
   v_state text;
   v_message text;
@@ -415,26 +378,40 @@ declare
   v_count bigint;
   v_gone boolean;
 begin
-  v_known := sync.known(p_transaction);
+  v_known := sync.known(p_log_id, p_transaction, v_retry);
   if v_known is not null then
     return v_known;
-  end if;
-  if exists (select from sync.ledger l
-      where l.log_id = p_log_id and l.seq = (p_transaction ->> 'seq')::bigint) then
+  elsif v_seq <= p_floor then
+    return jsonb_build_object('verdict', 'fenced',
+      'message', 'older than the ledger remembers; it may have been applied');
+  elsif not v_retry and sync.seq_taken(p_log_id, v_seq) then
     return jsonb_build_object('verdict', 'rejected', 'sqlstate', 'SYT02',
-      'message', 'this seq of the log was applied under another txn_id');
+      'message', 'this seq of the log was used by another transaction');
   end if;
-  select a into v_blocker from jsonb_array_elements_text(p_transaction -> 'after') a
-    where not exists (select from sync.ledger l
-      where l.txn_id = a::uuid and l.user_id = v_user and l.verdict = 'applied') limit 1;
-  if found then
+  v_blocker := sync.blocker_of(p_transaction);
+  if v_blocker is not null then
     return jsonb_build_object('verdict', 'held', 'blocked_by', v_blocker);
   end if;
 
   begin
     v_ops := sync.prepare(p_transaction, p_chain);
-    v_stale := sync.find_stale(v_ops);
-    if v_stale = '[]' then
+    v_look := sync.look(v_ops, v_user);
+    if v_look -> 'stale' = '[]' then
+      v_index := (v_look ->> 'absent')::int;
+      if v_index is not null then
+        raise exception 'the row isn''t there' using errcode = '02000';
+      end if;
+      for v_op in select o from jsonb_array_elements(v_ops) o
+          where o ->> 'kind' = 'delete' and o ? 'children' loop
+        v_strange := sync.strange_children(v_op, v_user);
+        if v_strange <> '{}' then
+          v_records := v_records || jsonb_build_array(jsonb_build_object(
+            'table', v_op ->> 'table', 'id', v_op ->> 'id', 'columns', array[]::text[],
+            'theirs', v_strange, 'policy', 'delete', 'outcome', 'deleted',
+            'note', 'children that the deleter did not know'));
+        end if;
+      end loop;
+      v_began := clock_timestamp();
       -- From here to the way back nothing but the author's own statements may run.
       perform sync.enter(v_user, p_transaction ->> 'accepted_at');
       set constraints all deferred;
@@ -470,23 +447,196 @@ begin
     end if;
     -- Conflict outranks refusal: a row may have appeared since it was looked for.
     if v_index is not null then
-      v_stale := sync.find_stale(v_ops);
+      v_look := sync.look(v_ops, v_user);
     end if;
-    if v_stale = '[]' then
-      return coalesce(sync.known(p_transaction), jsonb_build_object(
-        'verdict', v_verdict, 'sqlstate', v_state, 'message', v_message, 'op', v_index));
+    if v_look -> 'stale' = '[]' then
+      v_known := sync.known(p_log_id, p_transaction, v_retry);
+      if v_known is not null then
+        return v_known;
+      elsif v_state = '23503' and sync.deleted_parents(v_ops, v_user) <> '{}' then
+        return jsonb_build_object('verdict', 'conflict', 'op', v_index,
+          'rows', sync.deleted_parents(v_ops, v_user), 'message', 'the parent was deleted');
+      end if;
+      return jsonb_build_object(
+        'verdict', v_verdict, 'sqlstate', v_state, 'message', v_message, 'op', v_index);
     end if;
   end;
   -- Asked again, here and above: the same transaction may have come through another container's log
   -- (an idempotency key that was retried there) and committed while this one waited for its rows.
-  if v_stale <> '[]' then
-    return coalesce(sync.known(p_transaction), sync.conflict_for(v_user, v_stale));
+  if v_look -> 'stale' <> '[]' then
+    return coalesce(
+      sync.known(p_log_id, p_transaction, v_retry), sync.conflict_for(v_user, v_look -> 'stale'));
   end if;
 
   insert into sync.ledger (txn_id, log_id, seq, user_id, digest, verdict, versions)
-    values (v_txn_id, p_log_id, (p_transaction ->> 'seq')::bigint, v_user,
-      p_transaction ->> 'digest', 'applied', v_versions);
+    values (v_txn_id, p_log_id, v_seq, v_user, p_transaction ->> 'digest', 'applied', v_versions);
+  perform sync.record_conflicts(p_log_id, p_transaction, v_records);
+  perform sync.settle_around(v_user, v_ops, v_versions, v_began);
   return jsonb_build_object('verdict', 'applied', 'versions', v_versions);
+end $$;
+
+-- A verdict with every field that a reply carries.
+create or replace function sync.complete(p_transaction jsonb, p_verdict jsonb) returns jsonb
+language sql immutable set search_path = '' as $$
+  select '{"state": null, "versions": {}, "rows": {}, "blocked_by": null, "op": null,
+      "sqlstate": null, "message": null}'::jsonb
+    || p_verdict || jsonb_build_object('txn_id', p_transaction -> 'txn_id')
+$$;
+
+-- Lock a log, remember its end, and return its floor. An abandoned first attempt and its retry queue
+-- here instead of meeting in the middle.
+create or replace function sync.enter_log(p_log_id uuid, p_acknowledged_seq bigint) returns bigint
+language plpgsql set search_path = '' as $$
+declare
+  v_floor bigint;
+begin
+  perform pg_advisory_xact_lock(hashtextextended('sync.log/' || p_log_id, 0));
+  insert into sync.logs as l (log_id, acknowledged_seq)
+    values (p_log_id, coalesce(p_acknowledged_seq, 0))
+    on conflict (log_id) do update set
+      acknowledged_seq = greatest(l.acknowledged_seq, excluded.acknowledged_seq),
+      last_seen_at = clock_timestamp()
+    returning l.floor_seq into v_floor;
+  return v_floor;
+end $$;
+
+-- Which transactions of a run have nothing special about them: new, once, above the floor, on a free
+-- position, inserts and updates only, without records, after nothing but what is applied or in the
+-- run. What they need is prepared here, while still service_role; null for the others.
+create or replace function sync.prepare_run(
+  p_log_id uuid, p_floor bigint, p_run jsonb
+) returns jsonb[] language plpgsql stable set search_path = '' as $$
+begin
+  return (select array_agg(case when plain then (
+      select jsonb_agg(o || sync.prepare_op(o, (t ->> 'user_id')::uuid) order by m)
+        from jsonb_array_elements(t -> 'ops') with ordinality y (o, m)) end order by n)
+  from (
+    select t, n, (t ->> 'seq')::bigint > p_floor
+        and count(*) over (partition by t ->> 'txn_id') = 1
+        and count(*) over (partition by t ->> 'seq') = 1
+        and jsonb_array_length(t -> 'ops') > 0
+        and coalesce(t -> 'records', '[]') = '[]'
+        and not exists (select from jsonb_array_elements(t -> 'ops') o
+          where o ->> 'kind' is distinct from 'insert' and o ->> 'kind' is distinct from 'update')
+        and not exists (select from sync.ledger l where l.txn_id = (t ->> 'txn_id')::uuid)
+        and not exists (select from sync.parked q where q.txn_id = (t ->> 'txn_id')::uuid)
+        and not sync.seq_taken(p_log_id, (t ->> 'seq')::bigint)
+        and not exists (select from jsonb_array_elements_text(t -> 'after') a
+          where not p_run @> jsonb_build_array(jsonb_build_object('txn_id', a))
+            and not exists (select from sync.ledger l where l.txn_id = a::uuid
+              and l.user_id = (t ->> 'user_id')::uuid and l.verdict = 'applied')) as plain
+    from jsonb_array_elements(p_run) with ordinality x (t, n)) z);
+end $$;
+
+-- Write down what a run has applied so far, before anything that looks at the ledger.
+create or replace function sync.note_applied(
+  p_log_id uuid, p_run jsonb, p_applied jsonb
+) returns void language sql set search_path = '' as $$
+  insert into sync.ledger (txn_id, log_id, seq, user_id, digest, verdict, versions)
+    select (t ->> 'txn_id')::uuid, p_log_id, (t ->> 'seq')::bigint, (t ->> 'user_id')::uuid,
+      t ->> 'digest', 'applied', p_applied -> (t ->> 'txn_id')
+    from jsonb_array_elements(p_run) t where p_applied ? (t ->> 'txn_id');
+  delete from sync.tombstones d using jsonb_array_elements(p_run) t
+    cross join jsonb_array_elements(t -> 'ops') o
+    where p_applied ? (t ->> 'txn_id') and o ->> 'kind' = 'insert'
+      and d.table_name = o ->> 'table' and d.row_id = o ->> 'id'
+$$;
+
+-- A run of one author's transactions: the role goes there once, and back for those that need the
+-- long way. Whatever is unusual about a transaction (a row that isn't at its base, a refusal, no row
+-- where one was expected) undoes its short attempt, and sync.apply_transaction decides.
+create or replace function sync.apply_run(
+  p_log_id uuid, p_floor bigint, p_run jsonb, inout p_chain jsonb, out p_verdicts jsonb[]
+) language plpgsql set search_path = '' as $$
+declare
+  v_user constant uuid := (p_run -> 0 ->> 'user_id')::uuid;
+  v_prepared constant jsonb[] := sync.prepare_run(p_log_id, p_floor, p_run);
+  v_transaction jsonb;
+  v_verdict jsonb;
+  v_n int := 0;
+  v_op jsonb;
+  v_key text;
+  v_base text;
+  v_moved boolean;
+  v_count bigint;
+  v_version text;
+  v_versions jsonb;
+  v_applied jsonb := '{}';  -- since the last note
+  v_done text[] := '{}';
+begin
+  p_verdicts := '{}';
+  perform sync.enter(v_user, null);
+  for v_transaction in select t from jsonb_array_elements(p_run) t loop
+    v_n := v_n + 1;
+    v_verdict := null;
+    -- A predecessor in the run must have been applied in it.
+    if v_prepared[v_n] is not null and not exists (
+        select from jsonb_array_elements_text(v_transaction -> 'after') a
+          where p_run @> jsonb_build_array(jsonb_build_object('txn_id', a)) and not a = any (v_done))
+    then
+      begin
+        perform set_config('sync.accepted_at', coalesce(v_transaction ->> 'accepted_at', ''), true);
+        set constraints all deferred;
+        v_versions := '{}';
+        for v_op in select o from jsonb_array_elements(v_prepared[v_n]) o loop
+          if v_op ? 'problem' then
+            raise exception 'the long way';
+          end if;
+          v_key := v_op ->> 'key';
+          if v_op ->> 'kind' = 'update' and not v_versions ? v_key then
+            v_base := v_op ->> 'base';
+            if v_base = 'chained' then
+              v_base := p_chain ->> v_key;
+            end if;
+            v_moved := null;
+            execute v_op ->> 'stale_sql' into v_moved using v_op ->> 'id', v_base;
+            if v_moved is distinct from false then  -- null: no such row, or a hidden one
+              raise exception 'the long way';
+            end if;
+          end if;
+          execute v_op ->> 'effect_sql' using v_op ->> 'id', v_op -> 'values', v_user;
+          get diagnostics v_count = row_count;
+          if v_count <> 1 then
+            raise exception 'the long way';
+          end if;
+          v_versions := v_versions || jsonb_build_object(v_key, null);
+        end loop;
+        set constraints all immediate;
+        for v_op in select o from jsonb_array_elements(v_prepared[v_n]) o loop
+          v_version := null;
+          execute v_op ->> 'version_sql' into v_version using v_op ->> 'id';
+          if v_version is null then
+            raise exception 'the long way';
+          end if;
+          v_versions := v_versions || jsonb_build_object(v_op ->> 'key', v_version);
+        end loop;
+        v_verdict := jsonb_build_object('verdict', 'applied', 'versions', v_versions);
+        v_applied := v_applied || jsonb_build_object(v_transaction ->> 'txn_id', v_versions);
+        v_done := v_done || (v_transaction ->> 'txn_id');
+      exception when others then
+        v_verdict := null;  -- no error is lost by this: the long way meets it again
+      end;
+    end if;
+    if v_verdict is null then
+      perform set_config('role', 'service_role', true);
+      perform sync.note_applied(p_log_id, p_run, v_applied);
+      v_applied := '{}';
+      v_verdict := sync.apply_transaction(p_log_id, p_floor, v_transaction, p_chain);
+      if v_verdict ->> 'verdict' = 'applied' then
+        v_done := v_done || (v_transaction ->> 'txn_id');
+      end if;
+      perform sync.enter(v_user, null);
+    end if;
+    if v_verdict ->> 'verdict' in ('applied', 'duplicate') then
+      p_chain := p_chain || (v_verdict -> 'versions');
+    end if;
+    p_verdicts := p_verdicts || (
+      '{"state": null, "versions": {}, "rows": {}, "blocked_by": null, "op": null,
+        "sqlstate": null, "message": null}'::jsonb
+      || v_verdict || jsonb_build_object('txn_id', v_transaction -> 'txn_id'));
+  end loop;
+  perform set_config('role', 'service_role', true);
+  perform sync.note_applied(p_log_id, p_run, v_applied);
 end $$;
 
 create or replace function public.sync_apply_batch_v1(p_batch jsonb) returns jsonb
@@ -497,8 +647,9 @@ set search_path = '' set timezone = 'UTC'
 set statement_timeout = '20s' set lock_timeout = '3s' as $$
 declare
   v_log_id uuid;
-  v_transaction jsonb;
-  v_verdict jsonb;
+  v_floor bigint;
+  v_run jsonb;
+  v_of_run jsonb[];
   v_verdicts jsonb[] := '{}';
   v_chain jsonb := '{}';
   v_claims constant text := current_setting('request.jwt.claims', true);
@@ -511,23 +662,16 @@ begin
   if v_log_id is null or jsonb_typeof(p_batch -> 'transactions') is distinct from 'array' then
     perform sync.protocol_error('log_id and transactions are required');
   end if;
-  -- An abandoned first attempt and its retry queue here instead of meeting in the middle.
-  perform pg_advisory_xact_lock(hashtextextended('sync.log/' || v_log_id, 0));
-  insert into sync.logs as l (log_id, acknowledged_seq)
-    values (v_log_id, coalesce((p_batch ->> 'acknowledged_seq')::bigint, 0))
-    on conflict (log_id) do update set
-      acknowledged_seq = greatest(l.acknowledged_seq, excluded.acknowledged_seq),
-      last_seen_at = clock_timestamp();
+  v_floor := sync.enter_log(v_log_id, (p_batch ->> 'acknowledged_seq')::bigint);
   perform sync.lock_rows(p_batch -> 'transactions');
-  for v_transaction in select t from jsonb_array_elements(p_batch -> 'transactions') t loop
-    v_verdict := sync.apply_transaction(v_log_id, v_transaction, v_chain);
-    if v_verdict ->> 'verdict' in ('applied', 'duplicate') then
-      v_chain := v_chain || (v_verdict -> 'versions');
-    end if;
-    v_verdicts := v_verdicts || (
-      '{"versions": {}, "rows": {}, "blocked_by": null, "op": null, "sqlstate": null,
-        "message": null}'::jsonb
-      || v_verdict || jsonb_build_object('txn_id', v_transaction -> 'txn_id'));
+  for v_run in  -- neighbours of one author, in the order sent
+    select jsonb_agg(t order by n) from (
+      select t, n, n - row_number() over (partition by t ->> 'user_id' order by n) as run
+      from jsonb_array_elements(p_batch -> 'transactions') with ordinality x (t, n)) y
+    group by t ->> 'user_id', run order by min(n)
+  loop
+    select * into v_chain, v_of_run from sync.apply_run(v_log_id, v_floor, v_run, v_chain);
+    v_verdicts := v_verdicts || v_of_run;
   end loop;
   perform sync.leave(v_claims);
   return jsonb_build_object('verdicts', to_jsonb(v_verdicts));

@@ -1,7 +1,8 @@
--- 010 Reading as a user, and the audit: what the trusted worker and the API ask besides writing.
+-- 010 Reading as a user, the audit, and pruning: what workers and the API ask besides writing.
 --
 -- sync_read_v1 runs under the user's role and claims, so row-level security decides what is seen,
--- also when the user's own token has long expired. sync_audit_v1 tells what the ledger knows.
+-- also when the user's own token has long expired. sync_audit_v1 tells what is remembered of each
+-- log's positions. sync_prune_v1 forgets old final transactions and raises the floor over them.
 
 create or replace function public.sync_read_v1(p jsonb) returns jsonb
 language plpgsql security invoker
@@ -52,6 +53,23 @@ begin
   return jsonb_build_object('reads', to_jsonb(v_answers));
 end $$;
 
+-- What is remembered of each position of a log: {log_id, seq, txn_id, digest, user_id, state}. A
+-- position that a transaction reached through another log has that transaction's state.
+create or replace view sync.positions with (security_invoker = true) as
+  select l.log_id, l.seq, l.txn_id, l.digest, l.user_id, l.verdict as state from sync.ledger l
+  union all
+  select p.log_id, p.seq, p.txn_id, p.digest, p.user_id, p.state from sync.parked p
+  union all
+  select a.log_id, a.seq, a.txn_id, coalesce(l.digest, p.digest), coalesce(l.user_id, p.user_id),
+    coalesce(l.verdict, p.state, 'applied')  -- forgotten: only what was final is
+  from sync.aliases a
+  left join sync.ledger l on l.txn_id = a.txn_id
+  left join sync.parked p on p.txn_id = a.txn_id and l.txn_id is null
+    and (p.log_id, p.seq) = (select q.log_id, q.seq from sync.parked q
+      where q.txn_id = a.txn_id order by q.parked_at limit 1);
+revoke all on sync.positions from public, anon, authenticated;
+grant select on sync.positions to service_role;
+
 create or replace function public.sync_audit_v1(p jsonb) returns jsonb
 language plpgsql security invoker
 set search_path = '' set statement_timeout = '20s' as $$
@@ -63,25 +81,80 @@ begin
   perform sync.guard();
   select coalesce(jsonb_agg(to_jsonb(x) order by x.log_id), '[]') into v_logs from (
     select g.log_id, g.acknowledged_seq, g.floor_seq,
-      count(l.txn_id) as ledger, coalesce(max(l.seq), 0) as max_seq,
-      -- Both can only be above zero when a constraint of 008 is gone.
-      count(l.txn_id) - least(count(distinct l.txn_id), count(distinct l.seq)) as duplicated
-    from sync.logs g left join sync.ledger l on l.log_id = g.log_id
+      count(*) filter (where s.state = 'applied') + g.pruned_applied as applied,
+      count(*) filter (where s.state = 'discarded') + g.pruned_discarded as discarded,
+      count(*) filter (where s.state = 'dead') as dead,
+      count(*) filter (where s.state = 'conflict') as conflict,
+      count(*) filter (where s.state = 'held') as held,
+      count(*) filter (where s.state = 'superseded') as superseded,
+      coalesce(max(s.seq), 0) as max_seq,
+      -- Above zero only when a constraint of 008 is gone, or a transaction is in two places.
+      count(s.seq) - least(count(distinct s.txn_id), count(distinct s.seq)) as duplicated
+    from sync.logs g left join sync.positions s on s.log_id = g.log_id
     where v_log_id is null or g.log_id = v_log_id
     group by g.log_id) x;
   if v_log_id is null then
     return jsonb_build_object('logs', v_logs);
   end if;
   select coalesce(jsonb_agg(to_jsonb(x) order by x.seq), '[]') into v_entries from (
-    select l.seq, l.txn_id, l.digest, l.user_id, l.verdict from sync.ledger l
-    where l.log_id = v_log_id and l.seq > coalesce((p ->> 'after_seq')::bigint, 0)
-    order by l.seq
+    select s.seq, s.txn_id, s.digest, s.user_id, s.state from sync.positions s
+    where s.log_id = v_log_id and s.seq > coalesce((p ->> 'after_seq')::bigint, 0)
+    order by s.seq
     limit least(coalesce((p ->> 'limit')::int, 5000), 5000)) x;  -- one reply stays below 2 MB
   return jsonb_build_object('logs', v_logs, 'entries', v_entries);
 end $$;
 
-revoke all on function public.sync_read_v1(jsonb), public.sync_audit_v1(jsonb)
+-- Forget final transactions older than p.retention_s, log by log. The floor rises over an unbroken
+-- run of final or parked positions only: a position still under way stops it, so that a late
+-- transaction above the floor can always be told from one that was applied.
+create or replace function public.sync_prune_v1(p jsonb) returns jsonb
+language plpgsql security invoker
+set search_path = '' set statement_timeout = '20s' as $$
+declare
+  v_before constant timestamptz :=
+    clock_timestamp() - make_interval(secs => (p ->> 'retention_s')::float8);
+  v_log sync.logs;
+  v_floor bigint;
+  v_applied bigint;
+  v_discarded bigint;
+  v_total bigint := 0;
+begin
+  perform sync.guard();
+  if v_before is null or (p ->> 'retention_s')::float8 < 0 then
+    perform sync.protocol_error('retention_s is required, in seconds');
+  end if;
+  for v_log in select g.* from sync.logs g order by g.log_id loop
+    v_floor := sync.enter_log(v_log.log_id, 0);
+    select v_floor + coalesce(min(x.n) filter (where x.seq - x.n <> v_floor or x.at > v_before) - 1,
+        count(*)) into v_floor
+      from (
+        select s.seq, s.at, row_number() over (order by s.seq) as n from (
+          select l.seq, l.applied_at as at from sync.ledger l where l.log_id = v_log.log_id
+          union all select q.seq, q.parked_at from sync.parked q where q.log_id = v_log.log_id
+          union all select a.seq, a.recorded_at from sync.aliases a where a.log_id = v_log.log_id) s
+        where s.seq > v_floor
+        order by s.seq limit 20000) x;  -- a call stays within its time; the next one goes on
+    with gone as (
+      delete from sync.ledger l where l.log_id = v_log.log_id and l.seq <= v_floor returning l.verdict)
+    select count(*) filter (where verdict = 'applied'), count(*) filter (where verdict = 'discarded')
+      into v_applied, v_discarded from gone;
+    with gone as (
+      delete from sync.aliases a where a.log_id = v_log.log_id and a.seq <= v_floor returning 1)
+    select v_applied + count(*) into v_applied from gone;
+    update sync.logs g set floor_seq = v_floor, pruned_applied = g.pruned_applied + v_applied,
+        pruned_discarded = g.pruned_discarded + v_discarded
+      where g.log_id = v_log.log_id and v_floor > g.floor_seq;
+    v_total := v_total + v_applied + v_discarded;
+  end loop;
+  delete from sync.tombstones t where t.deleted_at < v_before;
+  return jsonb_build_object('pruned', v_total);
+end $$;
+
+revoke all on function
+  public.sync_read_v1(jsonb), public.sync_audit_v1(jsonb), public.sync_prune_v1(jsonb)
   from public, anon, authenticated;
-grant execute on function public.sync_read_v1(jsonb), public.sync_audit_v1(jsonb) to service_role;
+grant execute on function
+  public.sync_read_v1(jsonb), public.sync_audit_v1(jsonb), public.sync_prune_v1(jsonb)
+  to service_role;
 
 notify pgrst, 'reload schema';
