@@ -12,12 +12,15 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 
 import orjson
 
 from local_store import schema
 from local_store.errors import BufferFull, CommitUnknown, StoreClosed, StoreCorrupt
+
+_CREATE = os.O_RDWR | os.O_CREAT
 
 
 class BufferFile:
@@ -74,6 +77,24 @@ class BufferFile:
                     connection.rollback()
                     raise
                 self._commit(connection, what)
+
+    @contextmanager
+    def flushing(self) -> Iterator[bool]:
+        """Hold the folder's flusher lock; yields False when somebody else holds it.
+
+        The lock belongs to an open file of its own, so it ends with the block or with the process.
+        """
+        self._check_process()
+        descriptor = os.open(self._path.parent / schema.FLUSHER_LOCK_NAME, _CREATE, 0o600)
+        try:
+            try:
+                flock(descriptor, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+        finally:
+            os.close(descriptor)
 
     def _connect(self) -> None:
         with schema.folder_lock(self._lock_fd), self._cleanly():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -18,15 +19,25 @@ from local_store.ops import (
     UNSETTLED,
     LogEntry,
     Outcome,
-    PendingTransaction,
     Row,
-    TableSpec,
+    Selection,
     TransactionState,
-    WireOp,
+    user_uuid,
 )
 
 DUE_AHEAD_MAX_S = 3_600.0
 """A due time further ahead than this came from a clock that was stepped back: due now."""
+IS_UNDELIVERED = "state IN ('pending', 'held') AND parked = 0"
+"""Spelled as in the partial indexes, or SQLite won't use them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a transaction goes: the position in the file, the log, and the seq in that log."""
+
+    position: int
+    log: int
+    seq: int
 
 
 def find(connection: sqlite3.Connection, txn_id: str) -> tuple[int, str, str, str, str] | None:
@@ -39,118 +50,42 @@ def find(connection: sqlite3.Connection, txn_id: str) -> tuple[int, str, str, st
 
 def append(
     connection: sqlite3.Connection,
-    seq: int,
+    place: Place,
     txn_id: str,
     user_id: str,
     accepted: Accepted,
     accepted_at: str,
     before: Sequence[Row | None],
+    children: Sequence[Mapping[str, str | None] | None],
     schema_version: int,
 ) -> None:
     """Write the transaction's one row."""
     connection.execute(
-        "INSERT INTO op_log (seq, txn_id, user_id, digest, accepted_at, ops, before, size_bytes,"
-        " schema_version) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO op_log (position, log, seq, txn_id, user_id, digest, accepted_at, ops, before,"
+        " children, size_bytes, schema_version) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
-            seq,
+            place.position,
+            place.log,
+            place.seq,
             txn_id,
             user_id,
             accepted.digest,
             accepted_at,
             accepted.encoded.decode(),
             orjson.dumps(before).decode(),
+            orjson.dumps(children).decode(),
             len(accepted.encoded),
             schema_version,
         ),
     )
 
 
-def touch(connection: sqlite3.Connection, seq: int, keys: Iterable[tuple[str, str]]) -> None:
-    """Mark rows as changed by the unsettled transaction `seq`."""
+def touch(connection: sqlite3.Connection, position: int, keys: Iterable[tuple[str, str]]) -> None:
+    """Mark rows as changed by the unsettled transaction at `position`."""
     connection.executemany(
-        "INSERT OR IGNORE INTO touches VALUES (?, ?, ?)", [(table, id_, seq) for table, id_ in keys]
+        "INSERT OR IGNORE INTO touches VALUES (?, ?, ?)",
+        [(table, id_, position) for table, id_ in keys],
     )
-
-
-def pending(
-    connection: sqlite3.Connection,
-    tables: Mapping[str, TableSpec],
-    transactions_max: int,
-    bytes_max: int,
-    now_s: float,
-) -> list[PendingTransaction]:
-    """Return the oldest transactions that are due, in seq order, within both limits.
-
-    At least one is returned when any is due: one that is larger than the limit goes alone.
-    """
-    found = connection.execute(
-        "SELECT seq, txn_id, user_id, digest, accepted_at, ops, size_bytes, attempts FROM op_log"
-        " WHERE state IN ('pending', 'held') AND (due_at <= ? OR due_at > ?)"
-        " ORDER BY seq LIMIT ?",
-        (now_s, now_s + DUE_AHEAD_MAX_S, transactions_max),
-    )
-    chosen: list[PendingTransaction] = []
-    size_bytes = 0
-    for seq, txn_id, user_id, digest, accepted_at, encoded, size, attempts in found:
-        size_bytes += size
-        if chosen and size_bytes > bytes_max:
-            break
-        ops = decode_ops(encoded)
-        bases, chained, after = _predecessors(connection, tables, seq, ops)
-        chosen.append(
-            PendingTransaction(
-                seq,
-                txn_id,
-                user_id,
-                digest,
-                accepted_at,
-                ops,
-                bases,
-                chained,
-                after,
-                size,
-                attempts,
-            )
-        )
-    return chosen
-
-
-def _predecessors(
-    connection: sqlite3.Connection, tables: Mapping[str, TableSpec], seq: int, ops: Sequence[WireOp]
-) -> tuple[tuple[str | None, ...], tuple[bool, ...], tuple[str, ...]]:
-    """Find what each op builds on: a server version, or an unsettled change that goes first."""
-    bases: list[str | None] = []
-    chained: list[bool] = []
-    after: dict[str, None] = {}  # ordered and without doubles
-    seen: set[tuple[str, str]] = set()
-    for op in ops:
-        key = (op.table, op.id)
-        earlier = _last_touch(connection, key, seq)
-        spec = tables.get(op.table)  # None: no longer registered, and still to be delivered
-        parent = spec.parent if spec else None
-        parent_id = op.values.get(parent[0]) if parent else None
-        if parent is not None and parent_id is not None:
-            after.update(dict.fromkeys(_last_touch(connection, (parent[1], parent_id), seq)))
-        after.update(dict.fromkeys(earlier))
-        follows = bool(earlier) or key in seen
-        chained.append(follows and op.kind != "insert")
-        bases.append(None if follows or op.kind == "insert" else _base(connection, key))
-        seen.add(key)
-    return tuple(bases), tuple(chained), tuple(after)
-
-
-def _last_touch(connection: sqlite3.Connection, key: tuple[str, str], seq: int) -> list[str]:
-    found = connection.execute(
-        "SELECT l.txn_id FROM touches t JOIN op_log l ON l.seq = t.seq"
-        " WHERE t.tbl = ? AND t.id = ? AND t.seq < ? ORDER BY t.seq DESC LIMIT 1",
-        (*key, seq),
-    ).fetchone()
-    return [] if found is None else [found[0]]
-
-
-def _base(connection: sqlite3.Connection, key: tuple[str, str]) -> str | None:
-    found = connection.execute("SELECT base FROM rows WHERE tbl = ? AND id = ?", key).fetchone()
-    return None if found is None else found[0]
 
 
 def record(
@@ -161,40 +96,195 @@ def record(
     A settled transaction stays as it is: a late copy of an older reply can't reopen it.
     """
     found = connection.execute(
-        "SELECT seq, state, size_bytes FROM op_log WHERE txn_id = ?", (outcome.txn_id,)
+        "SELECT position, state, parked, size_bytes, ops FROM op_log WHERE txn_id = ?",
+        (outcome.txn_id,),
     ).fetchone()
     if found is None or found[1] in SETTLED:
         return None
-    seq, state, size_bytes = found
-    open_before, open_after = state in UNSETTLED, outcome.state in UNSETTLED
+    position, state, was_parked, size_bytes, ops = found
+    settled = outcome.state in SETTLED
+    parked = not settled and (outcome.parked or outcome.state in ("conflict", "dead"))
+    open_before = state in UNSETTLED and not was_parked
+    open_after = outcome.state in UNSETTLED and not parked
+    if outcome.state == "applied":
+        _remember_bases(connection, position, ops)
+        _wake_dependants(connection, position)
     connection.execute(
-        "UPDATE op_log SET state = ?, attempts = attempts + 1, due_at = ?, settled_at = ?,"
-        " reply = ? WHERE seq = ?",
+        "UPDATE op_log SET state = ?1, parked = ?2, attempts = attempts + 1, due_at = ?3,"
+        " settled_at = ?4, reply = CASE WHEN ?1 = 'applied' THEN NULL ELSE coalesce(?5, reply) END,"
+        " held_since = CASE WHEN ?1 = 'held' THEN coalesce(held_since, ?6) END WHERE position = ?7",
         (
             outcome.state,
-            now_s + min(outcome.retry_after_s, DUE_AHEAD_MAX_S) if open_after else 0.0,
+            parked,
+            0.0 if settled else now_s + min(outcome.retry_after_s, DUE_AHEAD_MAX_S),
             None if open_after else now_iso,
             None if outcome.reply is None else orjson.dumps(outcome.reply).decode(),
-            seq,
+            now_iso,
+            position,
         ),
     )
-    if outcome.state in SETTLED:
-        connection.execute("DELETE FROM touches WHERE seq = ?", (seq,))
+    if settled:
+        connection.execute("DELETE FROM touches WHERE position = ?", (position,))
     change = int(open_after) - int(open_before)
     return change, change * size_bytes
 
 
+def _remember_bases(connection: sqlite3.Connection, position: int, ops: str) -> None:
+    """Keep the versions that a transaction was applied on: a replay after a restore needs them.
+
+    Outcomes are recorded in order, so the row is still at the version its predecessor left.
+    """
+    bases = []
+    for op in decode_ops(ops):
+        found = connection.execute(
+            "SELECT base FROM rows WHERE tbl = ? AND id = ?", (op.table, op.id)
+        ).fetchone()
+        bases.append(found[0] if found is not None and op.kind != "insert" else None)
+    connection.execute(
+        "UPDATE op_log SET bases = coalesce(bases, ?) WHERE position = ?",
+        (orjson.dumps(bases).decode(), position),
+    )
+
+
+def _wake_dependants(connection: sqlite3.Connection, position: int) -> None:
+    """Let what was held behind a transaction go at once, on its rows and on their children."""
+    if connection.execute("SELECT 1 FROM op_log WHERE state = 'held' LIMIT 1").fetchone() is None:
+        return
+    connection.execute(
+        "UPDATE op_log SET due_at = 0 WHERE state = 'held' AND position IN ("
+        " SELECT t.position FROM touches own JOIN touches t ON t.tbl = own.tbl AND t.id = own.id"
+        " WHERE own.position = ?1 UNION"
+        " SELECT t.position FROM touches own JOIN rows r ON r.parent_id = own.id"
+        " JOIN touches t ON t.tbl = r.tbl AND t.id = r.id WHERE own.position = ?1)",
+        (position,),
+    )
+
+
+def recheck(connection: sqlite3.Connection, txn_ids: Iterable[str]) -> None:
+    """Make parked transactions due: something may have been decided about them."""
+    connection.executemany(
+        "UPDATE op_log SET due_at = 0 WHERE txn_id = ? AND parked = 1",
+        [(txn_id,) for txn_id in txn_ids],
+    )
+
+
+def parked_among(connection: sqlite3.Connection, txn_ids: Sequence[str]) -> set[str]:
+    """Return which of these transactions the server keeps parked, as far as is known here."""
+    found: set[str] = set()
+    for txn_id in dict.fromkeys(txn_ids):
+        row = connection.execute(
+            "SELECT 1 FROM op_log WHERE txn_id = ? AND parked = 1", (txn_id,)
+        ).fetchone()
+        if row is not None:
+            found.add(txn_id)
+    return found
+
+
+def renumber(connection: sqlite3.Connection, txn_ids: Sequence[str], ordinal: int) -> int:
+    """Move undelivered transactions, and the later ones of their logs, into log `ordinal`.
+
+    They keep their order and positions and get fresh seqs; returns how many were moved.
+    """
+    marks = ",".join("?" * len(txn_ids))
+    starts = connection.execute(
+        f"SELECT log, min(position) FROM op_log WHERE txn_id IN ({marks}) AND {IS_UNDELIVERED}"
+        " GROUP BY log",
+        tuple(txn_ids),
+    ).fetchall()
+    moved = 0
+    for log, start in sorted(starts, key=lambda found: found[1]):
+        positions = connection.execute(
+            f"SELECT position FROM op_log WHERE log = ? AND position >= ? AND {IS_UNDELIVERED}"
+            " ORDER BY position",
+            (log, start),
+        ).fetchall()
+        for (position,) in positions:
+            moved += 1
+            connection.execute(
+                "UPDATE op_log SET log = ?, seq = ?, due_at = 0 WHERE position = ?",
+                (ordinal, moved, position),
+            )
+        connection.execute(
+            "UPDATE logs SET last_seq = (SELECT coalesce(max(seq), 0) FROM op_log WHERE log = ?)"
+            " WHERE ordinal = ?",
+            (log, log),
+        )
+    return moved
+
+
+def reopen(connection: sqlite3.Connection, selection: Selection) -> tuple[int, int]:
+    """Make applied transactions pending again; returns (how many, their bytes)."""
+    narrowed, values = narrowing(selection)
+    found = connection.execute(
+        f"SELECT position, ops, children, size_bytes FROM op_log WHERE state = 'applied'{narrowed}",
+        values,
+    ).fetchall()
+    for position, ops, children, _ in found:
+        touched = {(op.table, op.id) for op in decode_ops(ops)}
+        for known in orjson.loads(children):
+            touched |= {(table, id_) for table, _, id_ in (k.partition("/") for k in known or ())}
+        touch(connection, position, touched)
+    connection.executemany(
+        "UPDATE op_log SET state = 'pending', settled_at = NULL, attempts = 0, due_at = 0"
+        " WHERE position = ?",
+        [(position,) for position, *_ in found],
+    )
+    return len(found), sum(size_bytes for *_, size_bytes in found)
+
+
+def narrowing(selection: Selection | None) -> tuple[str, tuple[str, ...]]:
+    """Return what narrows a query on op_log to a selection, and its values."""
+    clauses, values = "", []
+    if selection is None:
+        return "", ()
+    if selection.since is not None:
+        clauses += " AND accepted_at >= ?"
+        values.append(selection.since)
+    if selection.until is not None:
+        clauses += " AND accepted_at < ?"
+        values.append(selection.until)
+    if selection.user_id is not None:
+        clauses += " AND user_id = ?"
+        values.append(user_uuid(selection.user_id))
+    if selection.table is not None:
+        clauses += (
+            " AND EXISTS (SELECT 1 FROM json_each(ops) o"
+            " WHERE json_extract(o.value, '$.table') = ?)"
+        )
+        values.append(selection.table)
+    return clauses, tuple(values)
+
+
+def count(
+    connection: sqlite3.Connection,
+    selection: Selection | None,
+    states: Sequence[TransactionState],
+) -> int:
+    """Return how many transactions in these states are selected; parked ones don't count."""
+    narrowed, values = narrowing(selection)
+    marks = ",".join("?" * len(states))
+    found = connection.execute(
+        f"SELECT count(*) FROM op_log WHERE state IN ({marks}) AND parked = 0{narrowed}",
+        (*states, *values),
+    ).fetchone()
+    return int(found[0])
+
+
 def state_of(connection: sqlite3.Connection, txn_id: str) -> TransactionState | None:
-    """Return where a transaction stands, or None when it isn't in this log."""
+    """Return where a transaction stands, or None when it isn't in this file."""
     found = connection.execute("SELECT state FROM op_log WHERE txn_id = ?", (txn_id,)).fetchone()
     return None if found is None else found[0]
 
 
-def entries(connection: sqlite3.Connection, after_seq: int, limit: int) -> list[LogEntry]:
-    """Return the log without its ops, in seq order, for an audit."""
+def entries(
+    connection: sqlite3.Connection, log_id: str | None, after_seq: int, limit: int
+) -> list[LogEntry]:
+    """Return a log (None: the newest) without its ops, in seq order, for an audit."""
     found = connection.execute(
-        "SELECT seq, txn_id, user_id, digest, state FROM op_log WHERE seq > ? ORDER BY seq LIMIT ?",
-        (after_seq, limit),
+        "SELECT seq, txn_id, user_id, digest, state FROM op_log WHERE log ="
+        " (SELECT max(ordinal) FROM logs WHERE ?1 IS NULL OR log_id = ?1)"
+        " AND seq > ?2 ORDER BY seq LIMIT ?3",
+        (log_id, after_seq, limit),
     )
     return [LogEntry(*entry) for entry in found]
 
@@ -204,9 +294,10 @@ def unsettled_of(
 ) -> list[tuple[str, int, TransactionState]]:
     """Return (txn_id, seq, state) of what is not settled on a row or on its children."""
     return connection.execute(
-        "SELECT DISTINCT l.txn_id, l.seq, l.state FROM op_log l JOIN touches t ON t.seq = l.seq"
+        "SELECT DISTINCT l.txn_id, l.seq, l.state FROM op_log l"
+        " JOIN touches t ON t.position = l.position"
         " WHERE l.user_id = ? AND ((t.tbl = ? AND t.id = ?) OR (t.tbl, t.id) IN"
-        "   (SELECT tbl, id FROM rows WHERE parent_id = ?)) ORDER BY l.seq",
+        "   (SELECT tbl, id FROM rows WHERE parent_id = ?)) ORDER BY l.position",
         (user_id, table, row_id, row_id),
     ).fetchall()
 
@@ -217,17 +308,48 @@ def reply_of(connection: sqlite3.Connection, txn_id: str) -> Any:
     return None if found is None or found[0] is None else orjson.loads(found[0])
 
 
-def oldest_unsettled(connection: sqlite3.Connection) -> str | None:
-    """Return when the oldest undelivered transaction was accepted, or None."""
+def oldest_undelivered(connection: sqlite3.Connection, log: int | None = None) -> str | None:
+    """Return when the oldest undelivered transaction (of a log) was accepted, or None."""
     found = connection.execute(
-        "SELECT accepted_at FROM op_log WHERE state IN ('pending', 'held') ORDER BY seq LIMIT 1"
+        f"SELECT accepted_at FROM op_log WHERE {IS_UNDELIVERED} AND (?1 IS NULL OR log = ?1)"
+        " ORDER BY position LIMIT 1",
+        (log,),
     ).fetchone()
     return None if found is None else found[0]
 
 
-def count_parked(connection: sqlite3.Connection) -> int:
-    """Return how many transactions wait for a person."""
-    found = connection.execute(
-        "SELECT count(*) FROM op_log WHERE state IN ('conflict', 'dead')"
+def count_parked(connection: sqlite3.Connection) -> dict[int, int]:
+    """Return how many transactions of each log the server keeps parked."""
+    found = connection.execute("SELECT log, count(*) FROM op_log WHERE parked = 1 GROUP BY log")
+    return dict(found.fetchall())
+
+
+def logs(connection: sqlite3.Connection) -> list[Row]:
+    """Return each log with its end and what is undelivered in it, newest last."""
+    current, last_seq, undelivered, size_bytes = connection.execute(
+        "SELECT log, last_seq, unsettled, unsettled_bytes FROM totals"
     ).fetchone()
-    return int(found[0])
+    parked, found = count_parked(connection), []
+    for ordinal, log_id, end in connection.execute(
+        "SELECT ordinal, log_id, last_seq FROM logs ORDER BY ordinal"
+    ).fetchall():
+        if ordinal == current:  # what the older ones don't have, so that nothing is counted
+            held, held_bytes, end = undelivered, size_bytes, last_seq
+        else:
+            held, held_bytes = connection.execute(
+                "SELECT count(*), coalesce(sum(size_bytes), 0) FROM op_log"
+                f" WHERE log = ? AND {IS_UNDELIVERED}",
+                (ordinal,),
+            ).fetchone()
+            undelivered, size_bytes = undelivered - held, size_bytes - held_bytes
+        found.append(
+            {
+                "log_id": log_id,
+                "last_seq": end,
+                "pending": held,
+                "parked": parked.get(ordinal, 0),
+                "bytes": held_bytes,
+                "oldest": oldest_undelivered(connection, ordinal) if held else None,
+            }
+        )
+    return found

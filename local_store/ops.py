@@ -11,6 +11,7 @@ Row = dict[str, Any]
 ColumnType = Literal["text", "int", "float", "bool", "timestamp", "uuid", "json", "text[]"]
 Policy = Literal["merge", "remote_wins", "local_wins", "manual"]
 Kind = Literal["insert", "update", "delete"]
+OnDelete = Literal["keep_remote", "delete", "manual"]
 Durability = Literal["host", "container", "remote"]
 TransactionState = Literal[
     "pending", "applied", "held", "conflict", "dead", "discarded", "superseded"
@@ -52,8 +53,8 @@ class TableSpec:
     parent: tuple[str, str] | None = None
     server_owned: frozenset[str] = frozenset()
     json_merge: frozenset[str] = frozenset()
-    policy: Policy | Mapping[str, Policy] | Callable[..., Row] = "merge"
-    on_delete: str = "keep_remote"
+    policy: Policy | Callable[..., Any] | Mapping[str, Policy | Callable[..., Any]] = "merge"
+    on_delete: OnDelete = "keep_remote"
     schema_version: int = 1
     upcasts: Mapping[int, Callable[[Row], Row]] = field(default_factory=dict)
 
@@ -131,6 +132,9 @@ class PendingTransaction:
     `bases` holds per op the server version its row had when it was last clean, None for an insert,
     a never synced row, or a row with an unsettled predecessor (`chained`, parallel to `ops`).
     `after` names the nearest unsettled predecessors on the same rows or on their parents.
+    `before` and `children` are per op: what it replaced, and for a delete the children its author
+    knew, as {`table/id`: version, or None while the author's own change of it was under way}.
+    `position` orders all transactions of the buffer, `seq` those of `log_id`.
     """
 
     seq: int
@@ -144,14 +148,36 @@ class PendingTransaction:
     after: tuple[str, ...]
     size_bytes: int
     attempts: int
+    position: int
+    log_id: str
+    before: tuple[Row | None, ...]
+    children: tuple[Mapping[str, str | None] | None, ...]
+    records: tuple[Row, ...] = ()
+    parked: bool = False
+    held_since: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Narrows to some transactions: accepted in [since, until), ISO 8601 in UTC with microseconds;
+    with an op on `table`; by `user_id`. None doesn't narrow.
+    """
+
+    since: str | None = None
+    until: str | None = None
+    table: str | None = None
+    user_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of one transaction on the server, as the op log records it.
 
-    `versions` maps `table/id` to the server's new version (None: the row is gone).
-    `retry_after_s` delays the next attempt of a held one. `reply` keeps the server's evidence.
+    `versions` maps `table/id` to the server's new version (None: the row is gone). `rows` are rows
+    as they stand there, for a transaction that came to nothing. `retry_after_s` delays the next
+    attempt of a held one, and the next question about a parked one. `reply` keeps the server's
+    evidence; None leaves what was kept before. `parked` says that the server has taken it over;
+    dead and conflict are recorded only then.
     """
 
     txn_id: str
@@ -159,6 +185,81 @@ class Outcome:
     versions: Mapping[str, str | None] = field(default_factory=dict)
     reply: Mapping[str, Any] | None = None
     retry_after_s: float = 0.0
+    rows: Mapping[str, Row | None] = field(default_factory=dict)
+    parked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTransaction:
+    """An unsettled transaction with all that a merge needs, in the order of the buffer.
+
+    `before` holds per op the values it replaced (None for an insert, the whole row for a delete).
+    `records` are the conflict records that go to the server with it. `parked` ones are kept by the
+    server, which alone decides about them: they are shown here, and never rewritten.
+    """
+
+    txn_id: str
+    position: int
+    user_id: str
+    ops: tuple[WireOp, ...]
+    before: tuple[Row | None, ...]
+    records: tuple[Row, ...] = ()
+    parked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Chains:
+    """The unsettled transactions that touch some rows, and a token for the moment of reading."""
+
+    token: int
+    transactions: tuple[StoredTransaction, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """What a merge made of a transaction: it replaces ops, before images and records as a whole.
+
+    `ops` may be empty: the transaction is still sent and still applied. The digest stays.
+    """
+
+    txn_id: str
+    ops: tuple[WireOp, ...]
+    before: tuple[Row | None, ...]
+    records: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RowConflict:
+    """What a policy callable is asked: one op of mine met a row that somebody else changed.
+
+    `base` and `mine` hold the columns that the op sets, before and after it; `theirs` is the whole
+    row as it will stand without this op, server-owned columns included; `columns` are those that
+    both sides changed to different values. `siblings` are all ops of the same transaction.
+    """
+
+    table: str
+    id: str
+    base: Row
+    mine: Row
+    theirs: Row
+    columns: frozenset[str]
+    siblings: tuple[WireOp, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """A policy callable's answer; a plain dict of `values` does as well.
+
+    `values` are written for columns in conflict (a column left out stays theirs). `siblings` gives
+    new values, by index, to other ops of the transaction. `derived` are server-owned columns as
+    they will follow from that, for later ops of the chain. `surfaced=False` leaves no record: for
+    bookkeeping columns only.
+    """
+
+    values: Row
+    siblings: Mapping[int, Row] = field(default_factory=dict)
+    derived: Row = field(default_factory=dict)
+    surfaced: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -24,6 +25,17 @@ _READ = f"""
     FROM rows r
 """
 _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What one op did here: the values it replaced, the rows it touched, and for a delete the
+    children that its author knew, with their versions.
+    """
+
+    before: Row | None
+    touched: list[tuple[str, str]]
+    children: dict[str, str | None] | None = None
 
 
 def get(connection: sqlite3.Connection, spec: TableSpec, row_id: str, user_id: str) -> Row | None:
@@ -72,8 +84,8 @@ def apply_op(
     expected_version: int | None,
     accepted_at: str,
     counter: int,
-) -> tuple[Row | None, list[tuple[str, str]]]:
-    """Put one op into the local copy; returns its `before` image and the rows it touched.
+) -> Applied:
+    """Put one op into the local copy.
 
     Raises InvalidWrite, RowNotFound or VersionMismatch; the caller rolls the transaction back.
     """
@@ -81,7 +93,7 @@ def apply_op(
     stamp = (accepted_at, counter)
     if op.kind == "insert":
         _insert(connection, spec, op, author, stamp)
-        return None, [(op.table, op.id)]
+        return Applied(None, [(op.table, op.id)])
     found = connection.execute(
         "SELECT body, version FROM rows WHERE tbl = ? AND id = ? AND user_id = ? AND NOT deleted",
         (op.table, op.id, author),
@@ -92,7 +104,9 @@ def apply_op(
         raise VersionMismatch(op.table, op.id, expected_version, found[1])
     body = orjson.loads(found[0])
     if op.kind == "delete":
-        return body, _delete(connection, tables, spec.name, op.id, author, stamp)
+        children: dict[str, str | None] = {}
+        touched = _delete(connection, tables, spec.name, op.id, author, stamp, children)
+        return Applied(body, touched, children)
     if spec.parent is not None and spec.parent[0] in op.values:
         _check_parent(connection, spec, spec.parent, op.values[spec.parent[0]], author)
     before = {column: body.get(column) for column in op.values}
@@ -102,7 +116,7 @@ def apply_op(
         " version = version + 1 WHERE tbl = ? AND id = ?",
         (_dump({**body, **op.values}), parent_id, *stamp, op.table, op.id),
     )
-    return before, [(op.table, op.id)]
+    return Applied(before, [(op.table, op.id)])
 
 
 def _insert(
@@ -134,10 +148,12 @@ def _delete(
     row_id: str,
     author: str,
     stamp: tuple[str, int],
+    known: dict[str, str | None],
 ) -> list[tuple[str, str]]:
     """Mark a row and its author's children of it deleted, as the server's cascade will.
 
-    Somebody else's row that names this parent stays: the server decides about it.
+    `known` is told each child and its version, None while a change of it is under way. Somebody
+    else's row that names this parent stays: the server decides about it.
     """
     connection.execute(
         "UPDATE rows SET deleted = 1, touched_at = ?, changed_at = ?, version = version + 1"
@@ -149,11 +165,13 @@ def _delete(
         if child.parent is None or child.parent[1] != table:
             continue
         children = connection.execute(
-            "SELECT id FROM rows WHERE parent_id = ? AND tbl = ? AND user_id = ? AND NOT deleted",
+            f"SELECT r.id, CASE WHEN {_IS_PENDING} THEN NULL ELSE r.base END FROM rows r"
+            " WHERE r.parent_id = ? AND r.tbl = ? AND r.user_id = ? AND NOT r.deleted",
             (row_id, child.name, author),
         ).fetchall()
-        for (child_id,) in children:
-            touched += _delete(connection, tables, child.name, child_id, author, stamp)
+        for child_id, base in children:
+            known[f"{child.name}/{child_id}"] = base
+            touched += _delete(connection, tables, child.name, child_id, author, stamp, known)
     return touched
 
 

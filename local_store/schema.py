@@ -1,10 +1,11 @@
 """The buffer file: its tables, its pragmas, and how two first starts at once stay harmless.
 
-    op_log    one row per transaction, `seq` gap-free; its `state` says where it stands
+    logs      the identities this file has had: a copy found elsewhere starts a new one
+    op_log    one row per transaction: `position` orders the file, `seq` (gap-free) its log; its
+              `state` says where it stands
     touches   which unsettled transaction wrote which row: pending marks, predecessors
     rows      the merged local copy: what the API reads back at once
     totals    one row of running counts, so that no write has to count
-    meta      log_id and other facts of this file's life
 
 WAL with synchronous=FULL is the only mode called durable here: a commit returns after the fsync of
 the write-ahead log. NORMAL loses acknowledged commits at a power loss.
@@ -27,6 +28,7 @@ from local_store.errors import DiskFailed, LocalStoreError, SchemaTooNew, StoreC
 
 FILE_NAME = "buffer.db"
 LOCK_NAME = "buffer.lock"
+FLUSHER_LOCK_NAME = "flusher.lock"
 BUSY_TIMEOUT_MS = 5_000  # only readers can meet a lock: writers queue on the folder's flock
 CACHED_STATEMENTS = 128
 
@@ -39,38 +41,47 @@ def create_op_log(db: Database) -> None:
     db.conn.execute(
         """
         CREATE TABLE op_log (
-            seq          INTEGER PRIMARY KEY,
+            position     INTEGER PRIMARY KEY,
+            log          INTEGER NOT NULL,
+            seq          INTEGER NOT NULL,
             txn_id       TEXT NOT NULL UNIQUE,
             user_id      TEXT NOT NULL,
             digest       TEXT NOT NULL,
             accepted_at  TEXT NOT NULL,
             ops          TEXT NOT NULL,
             before       TEXT NOT NULL,
+            children     TEXT NOT NULL,
+            records      TEXT NOT NULL DEFAULT '[]',
+            bases        TEXT,
             size_bytes   INTEGER NOT NULL,
             schema_version INTEGER NOT NULL,
             state        TEXT NOT NULL DEFAULT 'pending',
+            parked       INTEGER NOT NULL DEFAULT 0,
             attempts     INTEGER NOT NULL DEFAULT 0,
             due_at       REAL NOT NULL DEFAULT 0,
+            held_since   TEXT,
             settled_at   TEXT,
-            reply        TEXT
+            reply        TEXT,
+            UNIQUE (log, seq)
         ) STRICT
         """
     )
+    undelivered = "state IN ('pending', 'held') AND parked = 0"
+    db.conn.execute(f"CREATE INDEX op_log_undelivered ON op_log (position) WHERE {undelivered}")
     db.conn.execute(
-        "CREATE INDEX op_log_unsettled ON op_log (seq) WHERE state IN ('pending', 'held')"
+        f"CREATE INDEX op_log_in_turn ON op_log (log, user_id, position) WHERE {undelivered}"
     )
-    db.conn.execute(
-        "CREATE INDEX op_log_parked ON op_log (seq) WHERE state IN ('conflict', 'dead')"
-    )
+    db.conn.execute("CREATE INDEX op_log_held ON op_log (due_at) WHERE state = 'held'")
+    db.conn.execute("CREATE INDEX op_log_parked ON op_log (due_at) WHERE parked = 1")
     db.conn.execute(
         """
         CREATE TABLE touches (
-            tbl TEXT NOT NULL, id TEXT NOT NULL, seq INTEGER NOT NULL,
-            PRIMARY KEY (tbl, id, seq)
+            tbl TEXT NOT NULL, id TEXT NOT NULL, position INTEGER NOT NULL,
+            PRIMARY KEY (tbl, id, position)
         ) STRICT, WITHOUT ROWID
         """
     )
-    db.conn.execute("CREATE INDEX touches_seq ON touches (seq)")
+    db.conn.execute("CREATE INDEX touches_position ON touches (position)")
     db.conn.execute(
         """
         CREATE TABLE rows (
@@ -94,6 +105,8 @@ def create_op_log(db: Database) -> None:
         """
         CREATE TABLE totals (
             only            INTEGER PRIMARY KEY CHECK (only = 1),
+            last_position   INTEGER NOT NULL,
+            log             INTEGER NOT NULL,
             last_seq        INTEGER NOT NULL,
             change_counter  INTEGER NOT NULL,
             unsettled       INTEGER NOT NULL,
@@ -101,8 +114,18 @@ def create_op_log(db: Database) -> None:
         ) STRICT
         """
     )
-    db.conn.execute("INSERT INTO totals VALUES (1, 0, 0, 0, 0)")
-    db.conn.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT")
+    db.conn.execute("INSERT INTO totals VALUES (1, 0, 0, 0, 0, 0, 0)")
+    db.conn.execute(
+        """
+        CREATE TABLE logs (
+            ordinal  INTEGER PRIMARY KEY,
+            log_id   TEXT NOT NULL UNIQUE,
+            device   INTEGER NOT NULL,
+            inode    INTEGER NOT NULL,
+            last_seq INTEGER NOT NULL DEFAULT 0
+        ) STRICT
+        """
+    )
 
 
 @contextmanager
@@ -155,7 +178,8 @@ def open_file(path: Path, log_id: str) -> sqlite3.Connection:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     connection = connect(path)
     try:
-        migrate(connection, log_id)
+        migrate(connection)
+        _identify(connection, path, log_id)
         # A process that died between writing the log and syncing it leaves a transaction that
         # everybody can read and a power loss can take. Its caller repeats the txn_id and is
         # acknowledged without a write, so what was found here is made durable first.
@@ -186,8 +210,8 @@ def connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def migrate(connection: sqlite3.Connection, log_id: str) -> None:
-    """Bring the file to the newest schema and give it an identity; the folder lock is held."""
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring the file to the newest schema; the folder lock is held."""
     db = Database(connection)
     known = [migration.name for migration in migrations._migrations]
     foreign = [m.name for m in migrations.applied(db) if m.name not in known]
@@ -195,10 +219,48 @@ def migrate(connection: sqlite3.Connection, log_id: str) -> None:
         raise SchemaTooNew(foreign[-1], known[-1])
     if migrations.pending(db):
         migrations.apply(db)
-    connection.execute("INSERT OR IGNORE INTO meta VALUES ('log_id', ?)", (log_id,))
+
+
+def _identify(connection: sqlite3.Connection, path: Path, log_id: str) -> None:
+    """Start a log in a fresh file, and in one that was copied or restored from elsewhere.
+
+    Appending to a copy would give out positions that the original gives out too. Inode numbers are
+    reused, so this can miss a restore; the server then refuses a position that is taken.
+    """
+    found = os.stat(path)
+    identity = (found.st_dev, found.st_ino)
+    with closing(
+        connection.execute("SELECT device, inode FROM logs ORDER BY ordinal DESC LIMIT 1")
+    ) as cursor:
+        known = cursor.fetchone()
+    if known != identity:
+        connection.execute("BEGIN IMMEDIATE")
+        start_log(connection, log_id, identity)
+        connection.execute("COMMIT")
+
+
+def start_log(
+    connection: sqlite3.Connection, log_id: str, identity: tuple[int, int] | None = None
+) -> int:
+    """Begin a new log in the open transaction; returns its ordinal."""
+    log, last_seq = connection.execute("SELECT log, last_seq FROM totals").fetchone()
+    connection.execute("UPDATE logs SET last_seq = ? WHERE ordinal = ?", (last_seq, log))
+    if identity is None:
+        identity = connection.execute(
+            "SELECT device, inode FROM logs WHERE ordinal = ?", (log,)
+        ).fetchone()
+    ordinal = int(log) + 1
+    connection.execute(
+        "INSERT INTO logs (ordinal, log_id, device, inode) VALUES (?, ?, ?, ?)",
+        (ordinal, log_id, *(identity or (0, 0))),
+    )
+    connection.execute("UPDATE totals SET log = ?, last_seq = 0", (ordinal,))
+    return ordinal
 
 
 def read_log_id(connection: sqlite3.Connection) -> str:
-    """Return the identity of this file's life."""
-    with closing(connection.execute("SELECT value FROM meta WHERE key = 'log_id'")) as cursor:
+    """Return the identity of this file's life, the newest of them."""
+    with closing(
+        connection.execute("SELECT log_id FROM logs ORDER BY ordinal DESC LIMIT 1")
+    ) as cursor:
         return str(cursor.fetchone()[0])

@@ -11,7 +11,6 @@ import asyncio
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +18,7 @@ from typing import Any, Self
 from local_store import op_log, rows, schema
 from local_store.buffer_file import BufferFile
 from local_store.clock import Clock, SystemClock, isoformat, new_id
+from local_store.delivery import Delivery, next_counter, read_totals
 from local_store.door import Accepted, DoorLimits, accept, canonical_uuid, lookup_id
 from local_store.errors import (
     BufferFull,
@@ -26,15 +26,10 @@ from local_store.errors import (
     TransactionIdReused,
 )
 from local_store.ops import (
-    HeldRow,
-    LogEntry,
     Op,
-    Outcome,
-    PendingTransaction,
     Receipt,
     Row,
     TableSpec,
-    TransactionState,
     by_name,
     user_uuid,
 )
@@ -49,7 +44,7 @@ class StoreLimits(DoorLimits):
     full_retry_after_s: float = 5.0  # about one flush interval: space comes from the drain
 
 
-class LocalStore:
+class LocalStore(Delivery):
     """A folder that acknowledges writes durably and remembers what still has to be delivered.
 
     Thread-safe; several processes may share a folder. Open with `LocalStore.open`.
@@ -165,26 +160,31 @@ class LocalStore:
             if (user_id, digest) != (author, accepted.digest):
                 raise TransactionIdReused(txn_id)
             return Receipt(txn_id, seq, "host", accepted_at)
-        last_seq, counter, unsettled, unsettled_bytes = _totals(connection)
-        self._check_space(unsettled, unsettled_bytes + len(accepted.encoded))
-        seq, counter, accepted_at = last_seq + 1, counter + 1, isoformat(self._clock.now())
+        totals = read_totals(connection)
+        self._check_space(totals.unsettled, totals.unsettled_bytes + len(accepted.encoded))
+        place = op_log.Place(totals.last_position + 1, totals.log, totals.last_seq + 1)
+        counter, accepted_at = totals.change_counter + 1, isoformat(self._clock.now())
         before: list[Row | None] = []
+        children: list[Mapping[str, str | None] | None] = []
         touched: list[tuple[str, str]] = []
         for op, expected in zip(accepted.ops, accepted.expected, strict=True):
-            image, keys = rows.apply_op(
+            done = rows.apply_op(
                 connection, self._tables, op, author, expected, accepted_at, counter
             )
-            before.append(image)
-            touched += keys
+            before.append(done.before)
+            children.append(done.children)
+            touched += done.touched
         newest = max(self._tables[op.table].schema_version for op in accepted.ops)
-        op_log.append(connection, seq, txn_id, author, accepted, accepted_at, before, newest)
-        op_log.touch(connection, seq, touched)
-        connection.execute(
-            "UPDATE totals SET last_seq = ?, change_counter = ?, unsettled = unsettled + 1,"
-            " unsettled_bytes = unsettled_bytes + ?",
-            (seq, counter, len(accepted.encoded)),
+        op_log.append(
+            connection, place, txn_id, author, accepted, accepted_at, before, children, newest
         )
-        return Receipt(txn_id, seq, "host", accepted_at)
+        op_log.touch(connection, place.position, touched)
+        connection.execute(
+            "UPDATE totals SET last_position = ?, last_seq = ?, change_counter = ?,"
+            " unsettled = unsettled + 1, unsettled_bytes = unsettled_bytes + ?",
+            (place.position, place.seq, counter, len(accepted.encoded)),
+        )
+        return Receipt(txn_id, place.seq, "host", accepted_at)
 
     def _check_space(self, unsettled: int, bytes_after: int) -> None:
         limits = self._limits
@@ -236,7 +236,7 @@ class LocalStore:
     def change_counter(self) -> int:
         """Return a number that grows with each local change; read it before asking the server."""
         with self._file.reading() as connection:
-            return _totals(connection)[1]
+            return read_totals(connection).change_counter
 
     def refresh(
         self,
@@ -254,99 +254,5 @@ class LocalStore:
         """
         spec, author = self._spec(table), user_uuid(user_id)
         with self._file.transaction("a refresh") as connection:
-            counter = _next_counter(connection)
+            counter = next_counter(connection)
             return rows.refresh(connection, spec, server_rows, author, as_of, where, counter)
-
-    # -- the shipping half ------------------------------------------------------------------------
-
-    def pending(self, *, transactions_max: int, bytes_max: int) -> list[PendingTransaction]:
-        """Return the oldest undelivered transactions that are due, in seq order."""
-        with self._file.reading() as connection:
-            now_s = self._clock.now().timestamp()
-            return op_log.pending(connection, self._tables, transactions_max, bytes_max, now_s)
-
-    def record(self, outcomes: Sequence[Outcome]) -> None:
-        """Write down what the server said, all outcomes in one SQLite transaction.
-
-        Recording twice is harmless: a settled transaction stays as it is.
-        """
-        now = self._clock.now()
-        with self._file.transaction("a recorded reply") as connection:
-            counter = _next_counter(connection)
-            for outcome in outcomes:
-                change = op_log.record(connection, outcome, isoformat(now), now.timestamp())
-                if change is None:
-                    continue
-                rows.settle_versions(connection, outcome.versions, counter)
-                connection.execute(
-                    "UPDATE totals SET unsettled = unsettled + ?,"
-                    " unsettled_bytes = unsettled_bytes + ?",
-                    change,
-                )
-
-    def state(self, txn_id: str) -> TransactionState | None:
-        """Return where a transaction stands; None when it was never accepted here."""
-        with self._file.reading() as connection:
-            return op_log.state_of(connection, canonical_uuid(txn_id) or "")
-
-    def reply(self, txn_id: str) -> Any:
-        """Return the server's evidence kept with a transaction that it didn't apply, or None."""
-        with self._file.reading() as connection:
-            return op_log.reply_of(connection, txn_id)
-
-    def transactions_of(
-        self, table: str, id: str, *, user_id: str
-    ) -> list[tuple[str, int, TransactionState]]:
-        """Return (txn_id, seq, state) of what isn't settled on a row or its children."""
-        row_id = lookup_id(self._spec(table), id) or ""
-        with self._file.reading() as connection:
-            return op_log.unsettled_of(connection, table, row_id, user_uuid(user_id))
-
-    def entries(self, *, after_seq: int = 0, limit: int = 5_000) -> list[LogEntry]:
-        """Return the log without its ops, in seq order, for an audit."""
-        with self._file.reading() as connection:
-            return op_log.entries(connection, after_seq, limit)
-
-    def clean_rows(self, *, after: int = 0, limit: int = 500) -> list[tuple[int, HeldRow]]:
-        """Return (position, row) of rows without pending changes, for an audit of content."""
-        with self._file.reading() as connection:
-            return rows.clean_rows(connection, self._tables, after, limit)
-
-    def stats(self) -> dict[str, Any]:
-        """Return log_id, last_seq, pending, parked, bytes and oldest_age_s (None when empty)."""
-        with self._file.reading() as connection:
-            last_seq, _counter, unsettled, unsettled_bytes = _totals(connection)
-            oldest = op_log.oldest_unsettled(connection)
-            age_s = None
-            if oldest is not None:
-                age = self._clock.now() - datetime.fromisoformat(oldest)
-                age_s = max(0.0, age.total_seconds())
-            return {
-                "log_id": schema.read_log_id(connection),
-                "last_seq": last_seq,
-                "pending": unsettled,
-                "parked": op_log.count_parked(connection),
-                "bytes": unsettled_bytes,
-                "oldest_age_s": age_s,
-            }
-
-    def _spec(self, table: str) -> TableSpec:
-        spec = self._tables.get(table)
-        if spec is None:
-            raise InvalidWrite(table, "table", "not a registered table")
-        return spec
-
-
-def _totals(connection: sqlite3.Connection) -> tuple[int, int, int, int]:
-    found: tuple[int, int, int, int] = connection.execute(
-        "SELECT last_seq, change_counter, unsettled, unsettled_bytes FROM totals"
-    ).fetchone()
-    return found
-
-
-def _next_counter(connection: sqlite3.Connection) -> int:
-    found = connection.execute(
-        "UPDATE totals SET change_counter = change_counter + 1 WHERE only = 1"
-        " RETURNING change_counter"
-    ).fetchone()
-    return int(found[0])

@@ -1,15 +1,15 @@
 """The proof: what was acknowledged against the server's ledger against the rows themselves.
 
 Every acknowledged transaction must be in exactly one state. `acknowledged` is the highest seq that
-is known, from the buffer or from the server; the ledger says what is applied, the buffer says what
-is still on its way; what neither knows is lost.
+is known, from the buffer or from the server; the server says what is applied, parked or discarded,
+the buffer says what is still on its way; what neither knows is lost.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +19,7 @@ from syncer.remote import Remote, TableRead
 
 PAGE = 2_000  # entries or rows per call: a few hundred KB, well under any body limit
 ROWS_PER_CALL = 100  # reads in one RPC when rows are compared
+SERVER_STATES = ("applied", "discarded", "dead", "conflict", "held", "superseded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,49 +75,59 @@ class AuditReport:
 
 
 def audit(remote: Remote, store: LocalStore | None = None) -> AuditReport:
-    """Audit every log the server knows and the one of `store`. Raises SyncError when unreachable.
+    """Audit every log the server knows and those of `store`. Raises SyncError when unreachable.
 
-    A log whose buffer isn't at hand is judged by the server's ledger alone: what it acknowledged
-    and the ledger lacks counts as lost, because nobody here can show it.
+    A log whose buffer isn't at hand is judged by the server alone: what it acknowledged and the
+    server doesn't know counts as lost, because nobody here can show it.
     """
     known = {str(log["log_id"]): log for log in remote.audit()["logs"]}
     audits: list[LogAudit] = []
     if store is not None:
-        log_id = store.log_id
-        audits.append(_audit_held(remote, store, log_id, known.pop(log_id, {})))
+        mismatches = _content_mismatches(remote, store)
+        for log in store.logs():
+            log_id = log["log_id"]
+            found = _audit_held(remote, store, log_id, known.pop(log_id, {}))
+            audits.append(replace(found, content_mismatch=found.content_mismatch + mismatches))
+            mismatches = 0  # rows belong to the buffer, not to one of its logs
     audits += [_audit_remote_only(log_id, log) for log_id, log in sorted(known.items())]
     return AuditReport(tuple(audits))
 
 
 def _audit_remote_only(log_id: str, log: Row) -> LogAudit:
-    acknowledged, ledger = int(log["acknowledged_seq"]), int(log["ledger"])
+    states = {name: int(log.get(name, 0)) for name in SERVER_STATES}
+    known, acknowledged = sum(states.values()), int(log["acknowledged_seq"])
     return LogAudit(
         log_id,
-        acknowledged=max(acknowledged, ledger),
-        applied=ledger,
-        lost=max(0, acknowledged - ledger),
+        acknowledged=max(acknowledged, known),
+        lost=max(0, acknowledged - known),
         duplicated=int(log["duplicated"]),
+        **states,
     )
 
 
 def _audit_held(remote: Remote, store: LocalStore, log_id: str, log: Row) -> LogAudit:
-    # The buffer is read first: what it calls pending may be applied a moment later, and the ledger,
+    # The buffer is read first: what it calls pending may be applied a moment later, and the server,
     # read second, then says so; the other way round a transaction could be in neither.
-    local = list(_local_entries(store))
-    ledger = {str(entry["txn_id"]): entry for entry in _ledger_entries(remote, log_id)}
+    local = list(_local_entries(store, log_id))
+    listed = {str(entry["txn_id"]): entry for entry in _server_entries(remote, log_id)}
+    applied = sum(entry["state"] == "applied" for entry in listed.values())
+    forgotten, floor = int(log.get("applied", 0)) - applied, int(log.get("floor_seq", 0))
     states: Counter[str] = Counter()
     mismatched = 0
     for entry in local:
-        found = ledger.pop(entry.txn_id, None)
-        states[_state(entry, found)] += 1
+        found = listed.pop(entry.txn_id, None)
+        state = _state(entry, found, floor)
+        states[state] += 1
+        forgotten -= found is None and state == "applied"
         mismatched += found is not None and (
-            found["digest"] != entry.digest or int(found["seq"]) != entry.seq
+            found["digest"] not in (None, entry.digest) or int(found["seq"]) != entry.seq
         )
-    states["applied"] += len(ledger)  # applied, but not in this buffer: an older life of the log
+    # Known there and not in this buffer: an older life of the log, or compacted away.
+    states.update(str(entry["state"]) for entry in listed.values())
+    states["applied"] += max(0, forgotten)
     acknowledged = max(
         int(log.get("acknowledged_seq", 0)), local[-1].seq if local else 0, sum(states.values())
     )
-    mismatched += _content_mismatches(remote, store)
     lost = states.pop("lost", 0)
     missing = acknowledged - sum(states.values()) - lost
     return LogAudit(
@@ -129,23 +140,23 @@ def _audit_held(remote: Remote, store: LocalStore, log_id: str, log: Row) -> Log
     )
 
 
-def _state(entry: LogEntry, found: Row | None) -> str:
-    """Return the state to count: the ledger's word outranks the buffer's."""
+def _state(entry: LogEntry, found: Row | None, floor_seq: int) -> str:
+    """Return the state to count: the server's word outranks the buffer's."""
     if found is not None:
-        return str(found["verdict"])
-    if entry.state in ("applied", "discarded"):
+        return str(found["state"])
+    if entry.state == "applied" and entry.seq > floor_seq:
         return "lost"  # the buffer was told so, yet the server doesn't know it
     return entry.state
 
 
-def _local_entries(store: LocalStore) -> Iterator[LogEntry]:
+def _local_entries(store: LocalStore, log_id: str) -> Iterator[LogEntry]:
     after_seq = 0
-    while page := store.entries(after_seq=after_seq, limit=PAGE):
+    while page := store.entries(log_id=log_id, after_seq=after_seq, limit=PAGE):
         yield from page
         after_seq = page[-1].seq
 
 
-def _ledger_entries(remote: Remote, log_id: str) -> Iterator[Row]:
+def _server_entries(remote: Remote, log_id: str) -> Iterator[Row]:
     after_seq = 0
     while True:
         page = remote.audit(log_id, after_seq=after_seq, limit=PAGE).get("entries") or []

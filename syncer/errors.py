@@ -11,6 +11,7 @@ SyncError(message, hint)
 └─ Refused                    never as it is
     ├─ NotAuthorized          key, role or token; the data are kept
     ├─ ProtocolMismatch       schema, RPC or protocol version differ; the data are kept
+    ├─ Declined               an operator's request that no longer applies; nothing was changed
     └─ BatchTooLarge          send less at once
 
 The ledger on the server makes resending harmless, so the flusher treats NotSent and OutcomeUnknown
@@ -79,6 +80,18 @@ class NotAuthorized(Refused):
 
 class ProtocolMismatch(Refused):
     """The server lacks the RPC, the schema or the protocol version this code speaks."""
+
+
+class Declined(Refused):
+    """What an operator asked for can't be done any more, for example an edit of what was applied.
+
+    `reason` is the server's word: already_applied, already_discarded, already_resolved, superseded,
+    not_parked, no_such_conflict or row_is_gone. Nothing was changed.
+    """
+
+    def __init__(self, reason: str, *, hint: str = "") -> None:
+        super().__init__(reason.replace("_", " "), hint=hint)
+        self.reason = reason
 
 
 class BatchTooLarge(Refused):

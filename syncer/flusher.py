@@ -1,4 +1,4 @@
-"""One bounded pass: breaker → next batch → one RPC → record.
+"""One bounded pass: breaker → next batch → one RPC → record, merge what met, park what is refused.
 
 Delivery is at least once and the server's ledger makes it exactly once in effect, so this module
 needs no memory of what is under way: a transaction is pending until the server's verdict on it is
@@ -9,17 +9,29 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from local_store import LocalStore
 from local_store.clock import Clock, SystemClock
-from local_store.ops import Outcome
+from local_store.ops import PendingTransaction, Row, Selection
 from syncer.core.backoff import RetryLimits, honoured_retry_after_s, retry_delay_s
-from syncer.core.batch import Batch, choose
+from syncer.core.batch import Batch, choose, next_turn
 from syncer.core.breaker import Breaker, BreakerState
-from syncer.core.verdict import Verdict, outcome_of
+from syncer.core.merge import merge
+from syncer.core.pace import Pace
+from syncer.core.sorting import (
+    Sorted,
+    SortingLimits,
+    conflict_park,
+    needs_person,
+    park_of,
+    rewritten_for,
+    sort_out,
+)
+from syncer.core.verdict import Verdict
+from syncer.core.wire import Park
 from syncer.errors import (
     BatchTooLarge,
     NotAuthorized,
@@ -32,6 +44,8 @@ from syncer.settings import Settings
 
 Stopped = Literal["empty", "budget", "outage", "auth", "schema"]
 
+TURN_WAIT_S = 0.2  # about one batch: another process is flushing the folder
+
 
 @dataclass(frozen=True, slots=True)
 class FlushLimits:
@@ -40,8 +54,8 @@ class FlushLimits:
     batch_ops_max: int = 500
     batch_bytes_max: int = 4 * 1024 * 1024
     breaker_interval_s: float = 5.0
-    held_retry_max_s: float = 30.0  # a missing parent arrives with another container's next flush
     retry: RetryLimits = field(default_factory=RetryLimits)
+    sorting: SortingLimits = field(default_factory=SortingLimits)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> FlushLimits:
@@ -50,6 +64,7 @@ class FlushLimits:
             batch_ops_max=settings.batch_ops_max,
             batch_bytes_max=settings.batch_bytes_max,
             breaker_interval_s=settings.breaker_interval_s,
+            sorting=SortingLimits(parent_wait_s=settings.parent_wait_s),
         )
 
 
@@ -57,9 +72,11 @@ class FlushLimits:
 class FlushReport:
     """What one pass did. An outage is a report, not an exception.
 
-    `stopped` says why it ended: nothing left that is due (`empty`), one batch done and more may be
-    left (`budget`), Supabase is unavailable (`outage`), it refuses the key (`auth`) or lacks the
-    schema (`schema`). `pending` counts what is still undelivered.
+    `conflict` and `rejected` count what now waits for a person, `merged` the conflicts that were
+    merged and are sent again. `stopped` says why the pass ended: nothing left that is due
+    (`empty`), one batch done and more may be left (`budget`; with nothing sent: another process is
+    flushing this folder), Supabase is unavailable (`outage`), it refuses the key (`auth`) or lacks
+    the schema (`schema`). `pending` counts what is still undelivered.
     """
 
     sent: int = 0
@@ -69,6 +86,7 @@ class FlushReport:
     rejected: int = 0
     held: int = 0
     fenced: int = 0
+    merged: int = 0
     pending: int = 0
     breaker: BreakerState = "closed"
     stopped: Stopped = "empty"
@@ -85,11 +103,15 @@ class FlushReport:
             rejected=self.rejected + later.rejected,
             held=self.held + later.held,
             fenced=self.fenced + later.fenced,
+            merged=self.merged + later.merged,
         )
 
 
 class Flusher:
-    """Delivers one store's op log to one remote. Thread-safe; passes never overlap in a process."""
+    """Delivers one store's op log to one remote. Thread-safe; passes never overlap on a folder.
+
+    `selection` narrows it to some transactions, for a replay.
+    """
 
     def __init__(
         self,
@@ -99,15 +121,18 @@ class Flusher:
         limits: FlushLimits | None = None,
         clock: Clock | None = None,
         jitter: Callable[[], float] | None = None,
+        selection: Selection | None = None,
     ) -> None:
         self._store = store
         self._remote = remote
         self._limits = limits or FlushLimits()
         self._clock = clock or SystemClock()
         self._jitter = jitter or random.SystemRandom().random
+        self._selection = selection
         self._lock = threading.Lock()
         self._breaker = Breaker(interval_s=self._limits.breaker_interval_s)
-        self._transactions_max = self._limits.batch_ops_max
+        self._pace = Pace(limit_max=self._limits.batch_ops_max)
+        self._after_user = ""
 
     @classmethod
     def from_settings(cls, store: LocalStore, settings: Settings | None = None) -> Flusher:
@@ -128,82 +153,161 @@ class Flusher:
     def flush_once(self) -> FlushReport:
         """Send at most one batch and record what became of each transaction.
 
-        Bounded by `batch_ops_max`, `batch_bytes_max` and the remote's call deadline; one RPC.
+        Bounded by `batch_ops_max`, `batch_bytes_max` and the remote's call deadline; one RPC, and
+        a second one when something must be parked. One flusher works on a folder at a time.
         """
-        with self._lock:
-            return self._flush_once()
+        with self._lock, self._store.flushing() as mine:
+            return self._flush_once() if mine else self._report(FlushReport(stopped="budget"))
 
     def _flush_once(self) -> FlushReport:
         if not self._breaker.allows(self._clock.monotonic()):
             return self._report(FlushReport(stopped="outage"))
-        batch = self._next_batch()
-        if not batch.transactions:
+        batch, undecided = self._next_batch()
+        if not batch.transactions and not undecided:
             return self._report(FlushReport(stopped="empty"))
+        report = FlushReport(sent=len(batch.transactions) + len(undecided), stopped="budget")
         try:
-            verdicts = self._remote.apply_batch(batch)
+            parks = [conflict_park(transaction) for transaction in undecided]
+            if batch.transactions:
+                verdicts = self._remote.apply_batch(batch)
+                self._breaker = self._breaker.after_success()
+                self._pace = self._pace.after_success(len(batch.transactions))
+                report = _tally(report, verdicts)
+                found = self._settle(batch.transactions, verdicts)
+                parks += found.refused + self._behind(found)
+                self._after_user = next_turn(self._after_user, batch.transactions)
+            if parks:
+                report = self._park(batch, parks, report)
         except SyncError as error:
-            return self._report(self._after_failure(batch, error))
-        self._breaker = self._breaker.after_success()
-        self._transactions_max = min(self._limits.batch_ops_max, 2 * self._transactions_max)
-        self._store.record([self._outcome(batch, index, v) for index, v in enumerate(verdicts)])
-        return self._report(_tally(verdicts))
+            return self._report(self._after_failure(batch, error, report))
+        return self._report(report)
 
-    def _next_batch(self) -> Batch:
-        # The log's end is read before its pending part: a smaller acknowledged_seq is only stale,
+    def _next_batch(self) -> tuple[Batch, list[PendingTransaction]]:
+        """Return what to send, and what a merge left to a person and is to be parked."""
+        # Each log's end is read before its pending part: a smaller acknowledged_seq is only stale,
         # one beyond what was acknowledged would look like a loss.
-        stats = self._store.stats()
+        ends = {log["log_id"]: log["last_seq"] for log in self._store.logs()}
         due = self._store.pending(
-            transactions_max=self._transactions_max, bytes_max=self._limits.batch_bytes_max
+            transactions_max=self._pace.limit,
+            bytes_max=self._limits.batch_bytes_max,
+            selection=self._selection,
+            after_user=self._after_user,
         )
-        return choose(stats["log_id"], stats["last_seq"], due, self._limits.batch_ops_max)
+        log_id = due[0].log_id if due else self._store.log_id
+        undecided = [transaction for transaction in due if needs_person(transaction)]
+        sendable = [transaction for transaction in due if not needs_person(transaction)]
+        chosen = choose(sendable, self._limits.batch_ops_max)
+        return Batch(log_id, ends.get(log_id, 0), chosen), undecided
 
-    def _outcome(self, batch: Batch, index: int, verdict: Verdict) -> Outcome:
-        attempts = batch.transactions[index].attempts
-        limits = replace(self._limits.retry, max_s=self._limits.held_retry_max_s)
-        return outcome_of(verdict, retry_delay_s(attempts, self._jitter(), limits))
+    # -- what a reply asks for --
 
-    def _after_failure(self, batch: Batch, error: SyncError) -> FlushReport:
-        now, told = self._clock.monotonic(), str(error)
+    def _settle(
+        self, transactions: Sequence[PendingTransaction], verdicts: Sequence[Verdict]
+    ) -> Sorted:
+        """Write down, merge and renumber what can be; the rest is for the caller."""
+        found = sort_out(
+            transactions, verdicts, self._clock.now(), self._jitter, self._limits.sorting
+        )
+        self._store.record(found.outcomes)
+        for transaction, rows in found.met:
+            self._meet(transaction, rows)
+        if found.forked:
+            self._store.start_new_log(found.forked)
+        return found
+
+    def _meet(self, transaction: PendingTransaction, rows: Mapping[str, Row | None]) -> None:
+        """Merge all that is pending on some rows with what stands there, in one local transaction.
+
+        What a policy leaves to a person is marked in the same transaction: sent as it is, it would
+        overwrite the row that it was just rebased on.
+        """
+        keys = [(table, id_) for table, _, id_ in (key.partition("/") for key in rows)]
+        keys += [(op.table, op.id) for op in transaction.ops]
+        while True:
+            chains = self._store.chains(keys, user_id=transaction.user_id)
+            merged = merge(self._store.tables, chains.transactions, rows)
+            rewritten, gone = rewritten_for(self._store.tables, chains, merged, rows)
+            if self._store.rebase(chains, rewritten, {**gone, **rows}):
+                return  # else a write came between: merge with that one too
+
+    def _behind(self, found: Sorted) -> list[Park]:
+        """Sort out what waits: behind parked work it is parked too, else it stays here."""
+        parked = self._store.parked_among([blocker for _, _, blocker in found.waiting])
+        parked |= {park.transaction.txn_id for park in found.refused}
+        parks, stays = [], []
+        for transaction, outcome, blocker in found.waiting:
+            if blocker in parked:
+                parked.add(transaction.txn_id)
+                parks.append(Park(transaction, "held", blocked_by=blocker))
+            else:
+                stays.append(outcome)
+        self._store.record(stays)
+        return parks
+
+    def _park(self, batch: Batch, parks: list[Park], report: FlushReport) -> FlushReport:
+        """Hand over what a person or an event must free; settled here only by the reply."""
+        parks = sorted(parks, key=lambda park: park.transaction.position)
+        verdicts = self._remote.park(batch.log_id, batch.acknowledged_seq, parks)
+        self._breaker = self._breaker.after_success()
+        found = self._settle([park.transaction for park in parks], verdicts)
+        if found.waiting:  # what they waited for was decided meanwhile: ask about that first
+            self._store.record([outcome for _, outcome, _ in found.waiting])
+            self._store.recheck([blocker for _, _, blocker in found.waiting])
+        fresh = [
+            park.state
+            for park, verdict in zip(parks, verdicts, strict=True)
+            if verdict.kind == "parked" and not park.transaction.parked
+        ]
+        return replace(
+            report,
+            conflict=report.conflict + fresh.count("conflict"),
+            rejected=report.rejected + fresh.count("dead"),
+        )
+
+    # -- what a failure asks for --
+
+    def _after_failure(self, batch: Batch, error: SyncError, report: FlushReport) -> FlushReport:
+        now, told, sent = self._clock.monotonic(), str(error), max(1, len(batch.transactions))
         if isinstance(error, NotAuthorized | ProtocolMismatch):
             self._breaker = self._breaker.after_refusal(now)
             stopped: Stopped = "auth" if isinstance(error, NotAuthorized) else "schema"
-            return FlushReport(sent=len(batch.transactions), stopped=stopped, error=told)
+            return replace(report, stopped=stopped, error=told)
         if isinstance(error, BatchTooLarge):
-            return self._split(batch, error)
+            return self._split(batch, error, report)
         delay_s = retry_delay_s(self._breaker.failures, self._jitter(), self._limits.retry)
         if isinstance(error, Throttled):
             asked_s = honoured_retry_after_s(error.retry_after_s, self._limits.retry)
             delay_s = max(delay_s, asked_s)
-            self._transactions_max = max(1, len(batch.transactions) // 2)
+            self._pace = self._pace.after_throttle(sent)
         self._breaker = self._breaker.after_failure(now, delay_s)
-        return FlushReport(sent=len(batch.transactions), stopped="outage", error=told)
+        if self.breaker != "closed":
+            self._pace = self._pace.after_outage()
+        return replace(report, stopped="outage", error=told)
 
-    def _split(self, batch: Batch, error: BatchTooLarge) -> FlushReport:
+    def _split(self, batch: Batch, error: BatchTooLarge, report: FlushReport) -> FlushReport:
         """Halve the next batch until the one transaction that spoils the call stands alone."""
-        if len(batch.transactions) > 1:
-            self._transactions_max = len(batch.transactions) // 2
-            return FlushReport(sent=len(batch.transactions), stopped="budget", error=str(error))
+        report = replace(report, error=str(error))
+        if len(batch.transactions) != 1:
+            self._pace = self._pace.after_split(len(batch.transactions))
+            return report
         [only] = batch.transactions
-        evidence = {"verdict": "rejected", "message": str(error), "rows": {}}
-        self._store.record([Outcome(only.txn_id, "dead", reply=evidence)])
-        self._transactions_max = self._limits.batch_ops_max
-        return FlushReport(sent=1, rejected=1, stopped="budget", error=str(error))
+        self._pace = self._pace.after_culprit()
+        refusal = Verdict(only.txn_id, "rejected", message=str(error))
+        return self._park(batch, [park_of(only, refusal)], report)
 
     def _report(self, report: FlushReport) -> FlushReport:
         return replace(report, pending=self._store.stats()["pending"], breaker=self.breaker)
 
 
-def _tally(verdicts: tuple[Verdict, ...]) -> FlushReport:
+def _tally(report: FlushReport, verdicts: Sequence[Verdict]) -> FlushReport:
     kinds = [verdict.kind for verdict in verdicts]
-    return FlushReport(
-        sent=len(kinds),
+    return replace(
+        report,
         applied=kinds.count("applied"),
         duplicate=kinds.count("duplicate"),
-        conflict=kinds.count("conflict"),
-        rejected=kinds.count("rejected") + kinds.count("parked"),
+        merged=kinds.count("conflict"),
         held=kinds.count("held"),
         fenced=kinds.count("fenced"),
-        stopped="budget",
     )
 
 
@@ -216,7 +320,8 @@ def drain(
 ) -> FlushReport:
     """Repeat passes until nothing is due, Supabase fails, or `budget_s` has passed.
 
-    The budget is checked between passes: one call may overrun it by its own deadline.
+    The budget is checked between passes: one call may overrun it by its own deadline. While another
+    process flushes the folder this one waits for its turn.
     """
     end = clock.monotonic() + budget_s
     total = FlushReport()
@@ -225,3 +330,5 @@ def drain(
         total = total.plus(report)
         if report.stopped != "budget" or clock.monotonic() >= end or not keep_going():
             return total
+        if not report.sent:
+            clock.sleep(TURN_WAIT_S)

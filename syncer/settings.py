@@ -54,6 +54,10 @@ class Settings(BaseSettings):
     op_bytes_max: int = _syncer("op_bytes_max", 4 * _MIB, ge=1024)
     # One probe per interval in an outage: a struggling project isn't hammered by its own clients.
     breaker_interval_s: float = _syncer("breaker_interval_s", 5.0, gt=0, le=600)
+    # Another container's buffer brings a missing parent within minutes once Supabase is back.
+    parent_wait_s: float = _syncer("parent_wait_s", 3_600.0, ge=0, le=30 * 86_400)
+    # Longer than any buffer is offline: a transaction older than the ledger's memory is fenced.
+    ledger_retention_s: float = _syncer("ledger_retention_s", 90 * 86_400.0, ge=3_600)
     # A reader waits this long for fresher rows before the local copy is shown as stale.
     read_through_ms: int = _syncer("read_through_ms", 500, ge=0, le=10_000)
     host: str = _syncer("host", "127.0.0.1")

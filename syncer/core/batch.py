@@ -10,25 +10,50 @@ from local_store.ops import PendingTransaction
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one call carries: transactions of one log, in seq order."""
+    """What one call carries: transactions of one log, each author's together and in seq order."""
 
     log_id: str
     acknowledged_seq: int
     transactions: tuple[PendingTransaction, ...]
 
 
-def choose(
-    log_id: str, acknowledged_seq: int, due: Sequence[PendingTransaction], ops_max: int
-) -> Batch:
-    """Take transactions in order until `ops_max` ops; a larger single one goes alone.
+def choose(due: Sequence[PendingTransaction], ops_max: int) -> tuple[PendingTransaction, ...]:
+    """Take from each author in turn until `ops_max` ops; a larger single transaction goes alone.
 
-    A transaction with no ops costs one, so that `ops: []` can't make a batch endless.
+    In turn, because one author's thousand queued writes must not keep another's single one waiting;
+    each author's own stay in order. A transaction with no ops costs one, so that `ops: []` can't
+    make a batch endless.
     """
-    chosen: list[PendingTransaction] = []
-    ops = 0
+    queues: dict[str, list[PendingTransaction]] = {}
     for transaction in due:
-        ops += max(1, len(transaction.ops))
-        if chosen and ops > ops_max:
-            break
-        chosen.append(transaction)
-    return Batch(log_id, acknowledged_seq, tuple(chosen))
+        queues.setdefault(transaction.user_id, []).append(transaction)
+    chosen: list[PendingTransaction] = []
+    ops, turn = 0, 0
+    while queues:
+        for user_id, queue in list(queues.items()):
+            ops += max(1, len(queue[turn].ops))
+            if chosen and ops > ops_max:
+                return _by_author(chosen)
+            chosen.append(queue[turn])
+            if turn + 1 == len(queue):
+                del queues[user_id]
+        turn += 1
+    return _by_author(chosen)
+
+
+def _by_author(chosen: Sequence[PendingTransaction]) -> tuple[PendingTransaction, ...]:
+    """Put each author's transactions together: the server changes its role once per run of them."""
+    first: dict[str, int] = {}
+    for transaction in sorted(chosen, key=lambda transaction: transaction.position):
+        first.setdefault(transaction.user_id, transaction.position)
+    return tuple(sorted(chosen, key=lambda item: (first[item.user_id], item.position)))
+
+
+def next_turn(after_user: str, served: Sequence[PendingTransaction]) -> str:
+    """Return the author after whom the next batch begins: the last served one, going round.
+
+    The store serves authors in the order of their ids from `after_user` on, then from the start.
+    """
+    users = {transaction.user_id for transaction in served}
+    wrapped = {user for user in users if user <= after_user}
+    return max(wrapped or users, default=after_user)

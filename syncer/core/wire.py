@@ -3,16 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from local_store.ops import PendingTransaction, Row
 from syncer.core.batch import Batch
-from syncer.core.verdict import VERDICT_KINDS, Verdict
+from syncer.core.verdict import PARKED_STATES, VERDICT_KINDS, Verdict
 from syncer.errors import ProtocolMismatch, ReplyUnreadable
 
 PROTOCOL = 1
 CHAINED = "chained"
 """The base of an op whose row was changed earlier by the same log and not confirmed yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Park:
+    """A transaction handed over to the server until a person or an event frees it.
+
+    `state` says why: refused by the data (`dead`), a conflict that its policy leaves to a person,
+    or held behind either. `cause` is the verdict's evidence, `records` the conflict records.
+    """
+
+    transaction: PendingTransaction
+    state: Literal["dead", "conflict", "held"]
+    sqlstate: str | None = None
+    op: int | None = None
+    message: str | None = None
+    blocked_by: str | None = None
+    records: tuple[Row, ...] = field(default=())
+
+
+def encode_parks(log_id: str, acknowledged_seq: int, parks: Sequence[Park]) -> Row:
+    """Return the argument of `sync_park_v1`."""
+    return {
+        "log_id": log_id,
+        "acknowledged_seq": acknowledged_seq,
+        "parks": [
+            {
+                "transaction": {
+                    **_encode_transaction(park.transaction),
+                    "before": list(park.transaction.before),
+                },
+                "state": park.state,
+                "sqlstate": park.sqlstate,
+                "op": park.op,
+                "message": park.message,
+                "blocked_by": park.blocked_by,
+                "records": list(park.records),
+            }
+            for park in parks
+        ],
+    }
 
 
 def encode_batch(batch: Batch) -> Row:
@@ -27,12 +68,18 @@ def encode_batch(batch: Batch) -> Row:
 
 def _encode_transaction(transaction: PendingTransaction) -> Row:
     ops: list[Row] = []
-    for op, base, chained in zip(
-        transaction.ops, transaction.bases, transaction.chained, strict=True
+    for op, base, chained, children in zip(
+        transaction.ops,
+        transaction.bases,
+        transaction.chained,
+        transaction.children,
+        strict=True,
     ):
         encoded = op.to_json()
         if op.kind != "insert":
             encoded["base"] = CHAINED if chained else base
+        if children is not None:
+            encoded["children"] = dict(children)
         ops.append(encoded)
     return {
         "txn_id": transaction.txn_id,
@@ -42,8 +89,14 @@ def _encode_transaction(transaction: PendingTransaction) -> Row:
         "accepted_at": transaction.accepted_at,
         "after": list(transaction.after),
         "replaces": None,
+        "records": [record for record in transaction.records if record["outcome"] != "manual"],
         "ops": ops,
     }
+
+
+def decode_parked(parks: Sequence[Park], reply: object) -> tuple[Verdict, ...]:
+    """Return one verdict per transaction handed over; raises ReplyUnreadable otherwise."""
+    return _verdicts([park.transaction.txn_id for park in parks], reply)
 
 
 def decode_verdicts(batch: Batch, reply: object) -> tuple[Verdict, ...]:
@@ -53,10 +106,13 @@ def decode_verdicts(batch: Batch, reply: object) -> tuple[Verdict, ...]:
     would count transactions as delivered that never were, so anything but a perfect fit means that
     the outcome is unknown and the same ids go out again.
     """
+    return _verdicts([transaction.txn_id for transaction in batch.transactions], reply)
+
+
+def _verdicts(expected: list[str], reply: object) -> tuple[Verdict, ...]:
     items = reply.get("verdicts") if isinstance(reply, Mapping) else None
     if not isinstance(items, list):
         raise ReplyUnreadable("the reply carries no list of verdicts", hint="will be resent")
-    expected = [transaction.txn_id for transaction in batch.transactions]
     found = [item.get("txn_id") if isinstance(item, Mapping) else None for item in items]
     if found != expected:
         raise ReplyUnreadable(
@@ -73,12 +129,19 @@ def _decode_verdict(item: Mapping[str, Any]) -> Verdict:
             f"the server gave the verdict {str(kind)[:40]!r}, which this version doesn't know",
             hint="update the workers before the migrations; nothing is lost",
         )
+    if kind == "parked" and item.get("state") not in PARKED_STATES:
+        raise ProtocolMismatch(
+            f"the server parked a transaction as {str(item.get('state'))[:40]!r}, which this"
+            " version doesn't know",
+            hint="update the workers before the migrations; nothing is lost",
+        )
     versions, rows = item.get("versions") or {}, item.get("rows") or {}
     if not isinstance(versions, Mapping) or not isinstance(rows, Mapping):
         raise ReplyUnreadable("a verdict carries malformed versions or rows", hint="will be resent")
     return Verdict(
         txn_id=item["txn_id"],
         kind=kind,
+        state=item.get("state"),
         versions=dict(versions),
         rows=dict(rows),
         blocked_by=item.get("blocked_by"),

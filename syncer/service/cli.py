@@ -6,12 +6,11 @@ codes: 0 good, 1 found trouble, 2 usage or settings, 3 Supabase unreachable.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -21,8 +20,18 @@ from syncer.audit import audit as run_audit
 from syncer.errors import NotSent, OutcomeUnknown, SettingsError, SyncError
 from syncer.flusher import Flusher, FlushReport, drain
 from syncer.remote import SupabaseRemote
+from syncer.service.buffers import (
+    DataDir,
+    Json,
+    existing_store,
+    given,
+    holds_buffer,
+    settings_for,
+)
 from syncer.service.log_setup import set_up_logging
+from syncer.service.operator_commands import conflicts_app, dead_letters_app
 from syncer.service.output import show_audit, show_document, show_flush, show_status, told
+from syncer.service.recovery_commands import doctor, replay
 from syncer.service.supabase_commands import supabase_app
 from syncer.sessions.tables import SESSION_TABLES
 from syncer.settings import Settings, store_limits
@@ -37,11 +46,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(supabase_app, name="supabase")
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-DataDir = Annotated[
-    Path | None, typer.Option("--data-dir", help="The buffer's folder [SYNCER_DATA_DIR].")
-]
+app.add_typer(dead_letters_app, name="dead-letters")
+app.add_typer(conflicts_app, name="conflicts")
+app.command()(replay)
+app.command()(doctor)
 
 
 def main() -> None:
@@ -91,7 +99,7 @@ def serve(
     from syncer.service.server import serve as run_server
     from syncer.service.server import serve_on_local_supabase
 
-    overrides = _given(host=host, port=port, data_dir=data_dir)
+    overrides = given(host=host, port=port, data_dir=data_dir)
     if local:
         serve_on_local_supabase(overrides)
     else:
@@ -101,8 +109,8 @@ def serve(
 @app.command()
 def flush(data_dir: DataDir = None, json: Json = False) -> None:
     """Deliver what is pending in a buffer until it is empty or Supabase fails."""
-    settings = _settings(data_dir)
-    with _existing_store(settings) as store:
+    settings = settings_for(data_dir)
+    with existing_store(settings) as store:
         flusher = _flusher(store, settings)
         report = drain(flusher, SystemClock(), budget_s=FLUSH_BUDGET_S)
     show_flush(report, json)
@@ -111,8 +119,11 @@ def flush(data_dir: DataDir = None, json: Json = False) -> None:
 
 @app.command()
 def worker(data_dir: DataDir = None) -> None:
-    """Deliver a buffer's transactions until told to stop (SIGINT or SIGTERM)."""
-    settings = _settings(data_dir)
+    """Deliver a buffer's transactions until told to stop (SIGINT or SIGTERM).
+
+    Once an hour the server's ledger is pruned to SYNCER_LEDGER_RETENTION_S.
+    """
+    settings = settings_for(data_dir)
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
@@ -121,41 +132,42 @@ def worker(data_dir: DataDir = None) -> None:
     ) as store:
         flusher = _flusher(store, settings)
         told(f"delivering {settings.data_dir} to {settings.supabase_url}")
+        clock, prune_at = SystemClock(), 0.0
         while not stopping.is_set():
             report = drain(
-                flusher,
-                SystemClock(),
-                budget_s=FLUSH_BUDGET_S,
-                keep_going=lambda: not stopping.is_set(),
+                flusher, clock, budget_s=FLUSH_BUDGET_S, keep_going=lambda: not stopping.is_set()
             )
             if report.sent or report.error:
                 show_flush(report, as_json=False)
+            if report.stopped == "empty" and clock.monotonic() >= prune_at:
+                prune_at = clock.monotonic() + PRUNE_INTERVAL_S
+                _prune(settings)
             stopping.wait(max(settings.flush_interval_s, flusher.wait_s()))
 
 
 @app.command()
 def status(data_dir: DataDir = None, json: Json = False) -> None:
     """Show what waits in a buffer, and whether Supabase answers."""
-    settings = _settings(data_dir)
-    with _existing_store(settings) as store:
-        log = store.stats()
+    settings = settings_for(data_dir)
+    with existing_store(settings) as store:
+        logs = store.logs()
     supabase = _reachable(settings)
     # The flushers keep their breakers to themselves; this is what a flush from here would meet.
     breaker = "closed" if supabase == "up" else "open"
-    document = {"supabase": supabase, "breaker": breaker, "logs": [log]}
+    document = {"supabase": supabase, "breaker": breaker, "logs": logs}
     show_status(document, json)
-    raise typer.Exit(EXIT_TROUBLE if log["parked"] else 0)
+    raise typer.Exit(EXIT_TROUBLE if any(log["parked"] for log in logs) else 0)
 
 
 @app.command()
 def audit(data_dir: DataDir = None, json: Json = False) -> None:
     """Prove that every acknowledged transaction is in exactly one state."""
-    settings = _settings(data_dir)
+    settings = settings_for(data_dir)
     remote = SupabaseRemote.from_settings(settings)
-    if data_dir is None and not _holds_buffer(settings.data_dir):
+    if data_dir is None and not holds_buffer(settings.data_dir):
         report = run_audit(remote)
     else:
-        with _existing_store(settings) as store:
+        with existing_store(settings) as store:
             report = run_audit(remote, store)
     show_audit(report, json)
     raise typer.Exit(0 if report.balanced else EXIT_TROUBLE)
@@ -182,30 +194,16 @@ def migrate(
         told("\n".join(f"{verb} {name}" for name in names) or "nothing to apply")
 
 
+def _prune(settings: Settings) -> None:
+    """Let the server forget; another pass does what this one couldn't."""
+    try:
+        SupabaseRemote.from_settings(settings).prune(settings.ledger_retention_s)
+    except (NotSent, OutcomeUnknown) as error:
+        print(f"syncer: pruning the ledger: {error}", file=sys.stderr)
+
+
+PRUNE_INTERVAL_S = 3_600.0
 FLUSH_BUDGET_S = 3_600.0  # a replay of a long outage fits; an endless one is a supervisor's matter
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _settings(data_dir: Path | None) -> Settings:
-    return Settings.load(**_given(data_dir=data_dir))
-
-
-def _holds_buffer(folder: Path) -> bool:
-    return (folder / "buffer.db").exists()
-
-
-def _existing_store(settings: Settings) -> LocalStore:
-    """Open the buffer without creating one: a typing error must not look like an empty buffer."""
-    if not _holds_buffer(settings.data_dir):
-        raise SettingsError(
-            "SYNCER_DATA_DIR",
-            f"{os.fspath(settings.data_dir)} holds no buffer",
-            hint="name the folder the API writes to, with --data-dir",
-        )
-    return LocalStore.open(settings.data_dir, tables=SESSION_TABLES, **store_limits(settings))
 
 
 def _flusher(store: LocalStore, settings: Settings) -> Flusher:

@@ -26,7 +26,7 @@ FLUSH_FIELDS = (
 )
 
 
-def show_document(document: dict[str, Any]) -> None:
+def show_document(document: dict[str, Any] | list[dict[str, Any]]) -> None:
     """Print one JSON document on stdout."""
     print(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())
 
@@ -89,3 +89,17 @@ def show_audit(report: AuditReport, as_json: bool) -> None:
         else f"NOT balanced: {total.lost} lost, {total.duplicated} doubled, "
         f"{total.content_mismatch} with other content"
     )
+
+
+def show_doctor(document: dict[str, Any], as_json: bool) -> None:
+    """Print a doctor's findings, failed ones with their remedy."""
+    if as_json:
+        show_document(document)
+        return
+    marks = {"error": "✗", "warning": "!", "info": "·"}
+    for check in document["checks"]:
+        told(
+            f"{'✓' if check['ok'] else marks[check['severity']]} {check['name']}: {check['detail']}"
+        )
+        if not check["ok"] and check["remedy"]:
+            told(f"    {check['remedy']}")

@@ -122,12 +122,15 @@ def joined(*parts: Observation) -> Observation:
 
 def observe_store(store: LocalStore) -> Observation:
     """Read one buffer: its log, and the server's evidence kept with what was not applied."""
-    entries = tuple(_log_entries(store))
+    buffers = tuple(
+        BufferSeen(log["log_id"], tuple(_log_entries(store, log["log_id"]))) for log in store.logs()
+    )
+    entries = [entry for buffer in buffers for entry in buffer.entries]
     parked = [entry for entry in entries if entry.state in ("conflict", "dead", "held")]
     replies = [(entry, store.reply(entry.txn_id)) for entry in parked]
     return Observation(
         rows={},
-        buffers=(BufferSeen(store.log_id, entries),),
+        buffers=buffers,
         records=tuple(
             ParkedRecord(entry.txn_id, entry.state, _keys_of(reply.get("rows") or {}))
             for entry, reply in replies
@@ -155,20 +158,32 @@ def observe_remote(
                 key, seen = _seen_row(spec, row)
                 rows[key] = seen
                 visible.append(Visible(user, seen.user_id, *key))
-    ledger = [
-        LedgerRow(
-            str(entry["txn_id"]),
-            str(log["log_id"]),
-            int(entry["seq"]),
-            entry.get("user_id"),
-            str(entry["digest"]),
-            str(entry["verdict"]),
-            entry.get("versions"),
-        )
+    positions = [
+        (str(log["log_id"]), entry)
         for log in remote.audit()["logs"]
         for entry in _ledger_entries(remote, str(log["log_id"]))
     ]
-    return Observation(rows=rows, ledger=tuple(ledger), visible=tuple(visible))
+    ledger = [
+        LedgerRow(
+            str(entry["txn_id"]),
+            log_id,
+            int(entry["seq"]),
+            entry.get("user_id"),
+            str(entry["digest"]),
+            str(entry["state"]),
+            entry.get("versions"),
+        )
+        for log_id, entry in positions
+        if entry["state"] in ("applied", "discarded")
+    ]
+    parked = [
+        ParkedRecord(str(entry["txn_id"]), str(entry["state"]))
+        for _, entry in positions
+        if entry["state"] not in ("applied", "discarded")
+    ]
+    return Observation(
+        rows=rows, ledger=tuple(ledger), visible=tuple(visible), records=tuple(parked)
+    )
 
 
 def observe_database(
@@ -190,8 +205,34 @@ def observe_database(
             "select txn_id::text, log_id::text, seq, user_id::text, digest, verdict, versions"
             " from sync.ledger order by log_id, seq"
         ).fetchall()
+        records = (*_parked_there(connection), *_conflicts_there(connection))
     entries = tuple(LedgerRow(*found) for found in ledger)
-    return Observation(rows=rows, ledger=entries, visible=tuple(visible))
+    return Observation(rows=rows, ledger=entries, visible=tuple(visible), records=records)
+
+
+def _parked_there(connection: psycopg.Connection[Any]) -> Iterator[ParkedRecord]:
+    found = connection.execute("select txn_id::text, state from sync.parked").fetchall()
+    return (ParkedRecord(txn_id, state) for txn_id, state in found)
+
+
+DECIDED = {"mine": "local", "theirs": "remote", "edited": "merged", "discarded": "remote"}
+"""What a person's decision came to, in the words of automatic outcomes."""
+
+
+def _conflicts_there(connection: psycopg.Connection[Any]) -> Iterator[ParkedRecord]:
+    found = connection.execute(
+        "select txn_id::text, table_name, row_id, columns, theirs, policy, outcome, resolution"
+        " from sync.conflicts"
+    ).fetchall()
+    for txn_id, table, row_id, columns, theirs, policy, outcome, resolution in found:
+        taken_along = _keys_of(theirs or {}) if policy == "delete" else frozenset()
+        yield ParkedRecord(
+            txn_id,
+            "conflict",
+            frozenset({(table, row_id), *taken_along}),
+            frozenset(column.partition(".")[0] for column in columns) or None,
+            DECIDED.get(resolution, outcome),
+        )
 
 
 def count_children(
@@ -248,9 +289,9 @@ def _keys_of(rows: Mapping[str, Any]) -> frozenset[Key]:
     return frozenset((table, row_id) for table, _, row_id in keys)
 
 
-def _log_entries(store: LocalStore) -> Iterator[LogEntry]:
+def _log_entries(store: LocalStore, log_id: str) -> Iterator[LogEntry]:
     after_seq = 0
-    while page := store.entries(after_seq=after_seq, limit=PAGE):
+    while page := store.entries(log_id=log_id, after_seq=after_seq, limit=PAGE):
         yield from page
         after_seq = page[-1].seq
 

@@ -26,6 +26,10 @@ class Server(Protocol):
         """Answer one batch."""
         ...
 
+    def take(self, p: Row) -> Row:
+        """Answer one call of the parking RPC."""
+        ...
+
     def edit(self, table: str, row_id: str, **values: Any) -> None:
         """Change a row from outside."""
         ...
@@ -80,7 +84,16 @@ class Edit:
     values: Row
 
 
-Step = Call | Edit
+@dataclass(frozen=True, slots=True)
+class Parking:
+    """A container hands a transaction over."""
+
+    log_id: str
+    transaction: SymbolicTransaction
+    state: str
+
+
+Step = Call | Parking | Edit
 
 
 @dataclass
@@ -104,6 +117,17 @@ class Asked:
                 for key, version in verdict["versions"].items():
                     self._remember(key, version)
         return verdicts
+
+    def park(self, parking: Parking) -> list[Row]:
+        """Park a transaction; returns its verdict."""
+        transaction = self._fill(parking.transaction)
+        park = {
+            "transaction": {**transaction, "before": [None] * len(transaction["ops"])},
+            "state": parking.state,
+            "blocked_by": next(iter(parking.transaction.after), None),
+        }
+        asked = {"log_id": parking.log_id, "acknowledged_seq": 0, "parks": [park]}
+        return self.server.take(asked)["verdicts"]
 
     def edit(self, edit: Edit) -> None:
         """Change a row from outside and remember its new version."""
@@ -168,6 +192,10 @@ class Generator:
             session = self._dice.choice(sorted(self._sessions))
             self._versions[session] = self._versions.get(session, 0) + 1
             return Edit("sessions", session, {"metadata": {"outside": self._dice.randrange(10**6)}})
+        if self._sent and self._dice.random() < 0.2:
+            sender, transaction = self._dice.choice(self._sent[-8:])
+            state = "held" if transaction.after else self._dice.choice(("dead", "conflict"))
+            return Parking(sender, transaction, state)
         log_id = self._dice.choice(self._logs)
         size = self._dice.choice((1, 1, 2, 3, 5))
         return Call(log_id, tuple(self._transaction(log_id) for _ in range(size)))
@@ -257,7 +285,7 @@ class Generator:
 
     def _delete_session(self, user: str, touched: set[str]) -> SymbolicOp | None:
         row_id = self._pick_session(user)
-        if row_id is None or self._dice.random() < 0.5:
+        if row_id is None or self._dice.random() < 0.4:
             return None
         base = self._choose_base(row_id, touched)
         touched.add(row_id)

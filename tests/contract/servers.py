@@ -29,12 +29,18 @@ class PostgresServer:
 
     def apply(self, p_batch: Row) -> Row:
         """Answer one batch."""
+        return self._call("sync_apply_batch_v1", p_batch)
+
+    def take(self, p: Row) -> Row:
+        """Answer one call of the parking RPC."""
+        return self._call("sync_park_v1", p)
+
+    def _call(self, function: str, argument: Row) -> Row:
+        statement = sql.SQL("select public.{}(%s) as reply").format(sql.Identifier(function))
         try:
             with self._connection.transaction():
                 self._connection.execute("set local role service_role")
-                found = self._connection.execute(
-                    "select public.sync_apply_batch_v1(%s) as reply", (Jsonb(p_batch),)
-                ).fetchone()
+                found = self._connection.execute(statement, (Jsonb(argument),)).fetchone()
         except psycopg.Error as error:
             raise ProtocolMismatch(f"{error.sqlstate}: {error}") from error
         assert found is not None
@@ -75,3 +81,8 @@ class PostgresServer:
         """Return (txn_id, seq) of every ledger row."""
         found = self._connection.execute("select txn_id::text, seq from sync.ledger").fetchall()
         return {(row["txn_id"], row["seq"]) for row in found}
+
+    def parked(self) -> dict[str, str]:
+        """Return the state of every parked transaction."""
+        found = self._connection.execute("select txn_id::text, state from sync.parked").fetchall()
+        return {row["txn_id"]: row["state"] for row in found}

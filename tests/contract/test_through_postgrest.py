@@ -14,11 +14,12 @@ from local_store.clock import new_id
 from local_store.door import digest_of
 from local_store.ops import PendingTransaction, WireOp
 from syncer.core.batch import Batch
+from syncer.core.wire import Park
 from syncer.remote import Remote, SupabaseRemote, TableRead
 from syncer.sessions.tables import SESSION_TABLES
-from tests.contract.batches import Asked, Call, Generator
+from tests.contract.batches import Asked, Generator
 from tests.contract.servers import PostgresServer
-from tests.contract.test_batch_rpc import comparable
+from tests.contract.test_batch_rpc import comparable, play
 from tests.simulation.remote_model import RemoteModel
 
 USER, STRANGER = user_uuid("github:42"), user_uuid("github:43")
@@ -49,6 +50,10 @@ def transaction(seq: int, *ops: WireOp, base: str | None = None, **changes) -> P
         "after": (),
         "size_bytes": 1,
         "attempts": 0,
+        "position": seq,
+        "log_id": "",
+        "before": (None,) * len(ops),
+        "children": (None,) * len(ops),
     }
     return PendingTransaction(**{**fields, **changes})
 
@@ -71,6 +76,17 @@ def test_one_poison_transaction_in_a_batch_is_alone(remote: Remote):
     verdicts = remote.apply_batch(Batch(new_id(), 5, tuple(parts)))
     assert [v.kind for v in verdicts] == ["applied", "applied", "rejected", "applied", "applied"]
     assert (verdicts[2].sqlstate, verdicts[2].op) == ("23514", 0)
+
+
+def test_a_refused_transaction_is_parked_and_recognised(remote: Remote):
+    log_id, refused = new_id(), transaction(1, session(status="bogus"))
+    [verdict] = remote.apply_batch(Batch(log_id, 1, (refused,)))
+    park = Park(refused, "dead", verdict.sqlstate, verdict.op, verdict.message)
+    for _ in range(2):
+        [parked] = remote.park(log_id, 1, [park])
+        assert (parked.kind, parked.state) == ("parked", "dead")
+    [again] = remote.apply_batch(Batch(log_id, 1, (refused,)))
+    assert (again.kind, again.state, again.sqlstate) == ("parked", "dead", "23514")
 
 
 def test_a_stale_base_comes_back_with_the_row(remote: Remote):
@@ -104,7 +120,7 @@ def test_the_audit_tells_what_the_ledger_knows(remote: Remote):
     parts = tuple(transaction(n, session()) for n in range(1, 4))
     remote.apply_batch(Batch(log_id, 7, parts))
     [log] = remote.audit(log_id)["logs"]
-    assert (log["acknowledged_seq"], log["ledger"], log["duplicated"]) == (7, 3, 0)
+    assert (log["acknowledged_seq"], log["applied"], log["duplicated"]) == (7, 3, 0)
     entries = remote.audit(log_id, after_seq=1)["entries"]
     assert [(entry["seq"], entry["txn_id"]) for entry in entries] == [
         (part.seq, part.txn_id) for part in parts[1:]
@@ -121,6 +137,9 @@ class ThroughPostgrest(PostgresServer):
     def apply(self, p_batch):
         return self._remote._call("sync_apply_batch_v1", {"p_batch": p_batch})
 
+    def take(self, p):
+        return self._remote._call("sync_park_v1", {"p": p})
+
 
 @pytest.mark.parametrize("seed", [7001, 7002, 7003])
 def test_postgrest_changes_nothing_about_the_verdicts(local_supabase, seed):
@@ -128,10 +147,6 @@ def test_postgrest_changes_nothing_about_the_verdicts(local_supabase, seed):
     real = Asked(server)
     modelled = Asked(RemoteModel({spec.name: spec for spec in SESSION_TABLES}))
     for step in Generator(seed).steps(40):
-        if isinstance(step, Call):
-            found = [comparable(verdict) for verdict in real.call(step)]
-            assert found == [comparable(verdict) for verdict in modelled.call(step)]
-        else:
-            real.edit(step)
-            modelled.edit(step)
+        found = [comparable(verdict) for verdict in play(real, step)]
+        assert found == [comparable(verdict) for verdict in play(modelled, step)]
     server.close()

@@ -210,10 +210,14 @@ def test_a_conflict_with_an_edit_by_sql_keeps_both_sides(store, flusher, sql):
     flusher.flush_once()
     sql.execute("update sessions set status = 'abandoned'")
     receipt = store.write([Update("sessions", row_id, {"status": "finalized"})], user_id=USER)
+    assert flusher.flush_once().merged == 1
     assert flusher.flush_once().conflict == 1
     assert sql.execute("select status from sessions").fetchone() == ("abandoned",)
-    theirs = store.reply(receipt.txn_id)["rows"][f"sessions/{row_id}"]
-    assert theirs["status"] == "abandoned"
+    assert store.state(receipt.txn_id) == "conflict"
+    query = "select base, mine, theirs, outcome from sync.conflicts where txn_id = %s"
+    assert sql.execute(query, (receipt.txn_id,)).fetchone() == (
+        {"status": "active"}, {"status": "finalized"}, {"status": "abandoned"}, "manual",
+    )  # fmt: skip
 
 
 def test_reads_come_back_as_the_author_and_fit_a_refresh(store, flusher, remote, sql):

@@ -130,12 +130,11 @@ def test_the_drill_through_the_fault_mix_loses_and_doubles_nothing(
 def without_the_ledger(url: str) -> Iterator[None]:
     """The batch RPC forgets what it applied; restored by running its migration again."""
     with psycopg.connect(url, autocommit=True) as sql:
-        [found] = sql.execute(
-            "select pg_get_functiondef('sync.apply_transaction'::regproc)"
-        ).fetchall()
-        begin = found[0].index("insert into sync.ledger")
-        end = found[0].index(";", begin) + 1
-        sql.execute((found[0][:begin] + found[0][end:]).encode())
+        for function in ("sync.apply_transaction", "sync.note_applied"):
+            [found] = sql.execute("select pg_get_functiondef(%s::regproc)", (function,)).fetchall()
+            begin = found[0].index("insert into sync.ledger")
+            end = found[0].index(";", begin) + 1
+            sql.execute((found[0][:begin] + found[0][end:]).encode())
         try:
             yield
         finally:

@@ -48,6 +48,10 @@ BATCH = Batch(
             after=(),
             size_bytes=1,
             attempts=0,
+            position=1,
+            log_id="log",
+            before=(None,),
+            children=(None,),
         ),
     ),
 )

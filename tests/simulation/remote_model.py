@@ -2,38 +2,37 @@
 
 It is the second real implementation of `Remote`. It speaks the wire protocol, keeps rows, ledger
 and logs in dictionaries, and knows nothing of SQL, so that it can be wrong only in its own ways:
-tests/contract compares it with the real RPC. Part of the rules, in the order they apply:
+tests/contract compares it with the real RPC. The rules, in the order they apply:
 
-    ledger hit → duplicate (or rejected for another author or digest)
-    seq taken → rejected     after unmet → held     stale base → conflict     effect → applied
+    ledger hit → duplicate (or rejected for another author or digest)     parked → parked
+    seq taken → rejected       after unmet → held      stale base, or a deleted row → conflict
+    no such row → held         effect → applied
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from typing import Any
 
 from local_store.ops import Row, TableSpec
 from syncer.core.batch import Batch
 from syncer.core.verdict import Verdict
-from syncer.core.wire import CHAINED, decode_verdicts, encode_batch
+from syncer.core.wire import (
+    CHAINED,
+    Park,
+    decode_parked,
+    decode_verdicts,
+    encode_batch,
+    encode_parks,
+)
 from syncer.errors import ProtocolMismatch, SyncError
 from syncer.remote import TableRead
+from tests.simulation.model_rows import Key, ModelRows, Refusal, ServerRow
 
-START = datetime(2026, 1, 1, tzinfo=UTC)
-Key = tuple[str, str]
-
-
-@dataclass(slots=True)
-class ServerRow:
-    """One row as the server holds it."""
-
-    user_id: str
-    values: Row
-    version: str
+NEVER = object()
+"""The base of a row that only a parked insert would have made."""
 
 
 @dataclass(slots=True)
@@ -47,29 +46,39 @@ class LedgerEntry:
     versions: dict[str, str | None]
 
 
-class Refusal(Exception):
-    """One op can't take effect; carries the verdict that follows."""
+@dataclass(slots=True)
+class ParkedEntry:
+    """A transaction that a person or an event must free."""
 
-    def __init__(
-        self, verdict: str, op: int | None = None, sqlstate: str | None = None, **more: Any
-    ) -> None:
-        super().__init__(verdict)
-        self.item = {"verdict": verdict, "op": op, "sqlstate": sqlstate, **more}
+    log_id: str
+    item: Row
+    state: str
+    cause: Row
+
+    def keys(self, tables: Mapping[str, TableSpec]) -> set[Key]:
+        """Return the rows it writes and the parents of the rows it inserts."""
+        found = set()
+        for op in self.item["ops"]:
+            found.add((op["table"], op["id"]))
+            parent = tables[op["table"]].parent
+            if parent is not None and op["values"].get(parent[0]) is not None:
+                found.add((parent[1], op["values"][parent[0]]))
+        return found
 
 
 @dataclass(slots=True)
-class RemoteModel:
+class RemoteModel(ModelRows):
     """The simulated server. `before_call` and `after_commit` are where a test injects faults."""
 
-    tables: Mapping[str, TableSpec]
-    rows: dict[Key, ServerRow] = field(default_factory=dict)
     ledger: dict[str, LedgerEntry] = field(default_factory=dict)
     logs: dict[str, int] = field(default_factory=dict)
+    parked: dict[str, ParkedEntry] = field(default_factory=dict)
+    records: dict[tuple[str, str, str, str], Row] = field(default_factory=dict)
+    aliases: dict[tuple[str, int], str] = field(default_factory=dict)
     calls: int = 0
     before_call: Callable[[], None] = lambda: None
     after_commit: Callable[[], None] = lambda: None
     remembers: bool = True
-    _ticks: int = 0
 
     # -- Remote --
 
@@ -80,6 +89,16 @@ class RemoteModel:
         reply = self.apply(encode_batch(batch))
         self.after_commit()
         return decode_verdicts(batch, reply)
+
+    def park(
+        self, log_id: str, acknowledged_seq: int, parks: Sequence[Park]
+    ) -> tuple[Verdict, ...]:
+        """Take over what is refused, in conflict or waiting; a lost reply loses the reply only."""
+        self.calls += 1
+        self.before_call()
+        reply = self.take(encode_parks(log_id, acknowledged_seq, parks))
+        self.after_commit()
+        return decode_parked(parks, reply)
 
     def read(
         self, user_id: str, reads: Sequence[TableRead], *, timeout_s: float | None = None
@@ -101,101 +120,194 @@ class RemoteModel:
         """Answer as `sync_audit_v1` does."""
         self.before_call()
         logs = [
-            {
-                "log_id": name,
-                "acknowledged_seq": acknowledged,
-                "ledger": sum(e.log_id == name for e in self.ledger.values()),
-                "duplicated": 0,
-            }
+            self._audited(name, acknowledged)
             for name, acknowledged in self.logs.items()
             if log_id in (None, name)
         ]
         if log_id is None:
             return {"logs": logs}
-        entries = sorted(
-            (entry.seq, txn_id, entry)
-            for txn_id, entry in self.ledger.items()
-            if entry.log_id == log_id and entry.seq > after_seq
-        )
+        entries = [entry for entry in self._positions(log_id) if entry["seq"] > after_seq]
+        return {"logs": logs, "entries": entries[:limit]}
+
+    def _audited(self, log_id: str, acknowledged: int) -> Row:
+        states = Counter(entry["state"] for entry in self._positions(log_id))
+        names = ("applied", "discarded", "dead", "conflict", "held", "superseded")
         return {
-            "logs": logs,
-            "entries": [
-                {"seq": seq, "txn_id": txn_id, "digest": entry.digest, "verdict": "applied"}
-                for seq, txn_id, entry in entries[:limit]
-            ],
+            "log_id": log_id,
+            "acknowledged_seq": acknowledged,
+            "floor_seq": 0,
+            "duplicated": 0,
+            **{name: states[name] for name in names},
         }
+
+    def _positions(self, log_id: str) -> list[Row]:
+        """Return what stands at each known position of a log, in order."""
+        found = []
+        for txn_id, entry in self.ledger.items():
+            seqs = [entry.seq] if entry.log_id == log_id else self._aliased(log_id, txn_id)
+            found += [
+                {"seq": seq, "txn_id": txn_id, "digest": entry.digest, "state": "applied"}
+                for seq in seqs
+            ]
+        for txn_id, parked in self.parked.items():
+            mine = parked.log_id == log_id
+            seqs = [parked.item["seq"]] if mine else self._aliased(log_id, txn_id)
+            digest = parked.item["digest"]
+            found += [
+                {"seq": seq, "txn_id": txn_id, "digest": digest, "state": parked.state}
+                for seq in seqs
+            ]
+        return sorted(found, key=lambda entry: entry["seq"])
+
+    def _aliased(self, log_id: str, txn_id: str) -> list[int]:
+        return [seq for (log, seq), txn in self.aliases.items() if (log, txn) == (log_id, txn_id)]
 
     # -- the RPC --
 
     def apply(self, p_batch: Row) -> Row:
         """Apply a batch as one database transaction: a protocol error leaves no trace of it."""
-        saved = (copy.deepcopy(self.rows), dict(self.ledger), dict(self.logs))
+        saved = copy.deepcopy((self.rows, self.ledger, self.logs, self.parked, self.tombstones))
         log_id = p_batch["log_id"]
         self.logs[log_id] = max(self.logs.get(log_id, 0), p_batch["acknowledged_seq"])
         chain: dict[str, str | None] = {}
         try:
             verdicts = [self._one(log_id, item, chain) for item in p_batch["transactions"]]
         except SyncError:
-            self.rows, self.ledger, self.logs = saved
+            self.rows, self.ledger, self.logs, self.parked, self.tombstones = saved
             raise
         return {"verdicts": verdicts}
 
-    def _one(self, log_id: str, item: Row, chain: dict[str, str | None]) -> Row:
-        told = {
-            "txn_id": item["txn_id"],
-            "versions": {},
-            "rows": {},
-            "blocked_by": None,
-            "op": None,
-            "sqlstate": None,
-            "message": None,
-        }
+    def take(self, p: Row) -> Row:
+        """Park as `sync_park_v1` does."""
+        log_id = p["log_id"]
+        self.logs[log_id] = max(self.logs.get(log_id, 0), p["acknowledged_seq"])
+        return {"verdicts": [self._park_one(log_id, park) for park in p["parks"]]}
+
+    def _park_one(self, log_id: str, park: Row) -> Row:
+        item, told = park["transaction"], _told(park["transaction"])
+        known = self._known(log_id, item)
+        if known is not None and known["verdict"] in ("duplicate", "parked"):
+            return {**told, **known}
+        if self._seq_taken(log_id, item["seq"]):
+            return {**told, "verdict": "rejected", "sqlstate": "SYT02"}
+        waits = any(
+            a in self.parked and self.parked[a].state != "superseded" for a in item["after"]
+        )
+        if park["state"] == "held" and not waits:
+            return {**told, "verdict": "held", "blocked_by": park.get("blocked_by")}
+        self.parked[item["txn_id"]] = ParkedEntry(log_id, item, park["state"], park)
+        self._record(item, park.get("records") or [])
+        return {**told, "verdict": "parked", "state": park["state"]}
+
+    def _record(self, item: Row, records: Sequence[Row]) -> None:
+        for record in records:
+            key = (item["txn_id"], record["table"], record["id"], record["outcome"])
+            self.records.setdefault(key, record)
+
+    def _known(self, log_id: str, item: Row) -> Row | None:
         known = self.ledger.get(item["txn_id"])
         if known is not None:
             if known.user_id != item["user_id"]:
-                return {**told, "verdict": "rejected", "sqlstate": "42501"}
+                return {"verdict": "rejected", "sqlstate": "42501"}
             if known.digest != item["digest"]:
-                return {**told, "verdict": "rejected", "sqlstate": "SYT01"}
-            chain.update(known.versions)
+                return {"verdict": "rejected", "sqlstate": "SYT01"}
+            self._note_alias(log_id, item, known.log_id)
             rows = {key: self._seen(key, item["user_id"]) for key in known.versions}
-            return {**told, "verdict": "duplicate", "versions": known.versions, "rows": rows}
+            return {"verdict": "duplicate", "versions": known.versions, "rows": rows}
+        parked = self.parked.get(item["txn_id"])
+        if parked is None or parked.item["user_id"] != item["user_id"]:
+            return None
+        if parked.item["digest"] != item["digest"]:
+            return None
+        self._note_alias(log_id, item, parked.log_id)
+        names = [f"{op['table']}/{op['id']}" for op in parked.item["ops"]]
+        gone = {name: self._seen(name, item["user_id"]) for name in names}
+        return {
+            "verdict": "parked",
+            "state": parked.state,
+            **{name: parked.cause.get(name) for name in ("blocked_by", "sqlstate", "op")},
+            "rows": gone if parked.state == "superseded" else {},
+        }
+
+    def _note_alias(self, log_id: str, item: Row, other_log: str) -> None:
+        if log_id != other_log:
+            self.aliases.setdefault((log_id, item["seq"]), item["txn_id"])
+
+    def _seq_taken(self, log_id: str, seq: int) -> bool:
         taken = {(entry.log_id, entry.seq) for entry in self.ledger.values()}
-        if (log_id, item["seq"]) in taken:
-            return {**told, "verdict": "rejected", "sqlstate": "SYT02"}
+        taken |= {(parked.log_id, parked.item["seq"]) for parked in self.parked.values()}
+        return (log_id, seq) in taken or (log_id, seq) in self.aliases
+
+    def _blocker(self, item: Row) -> str | None:
+        only_deletes = item["ops"] and all(op["kind"] == "delete" for op in item["ops"])
         for predecessor in item["after"]:
-            found = self.ledger.get(predecessor)
-            if found is None or found.user_id != item["user_id"]:
-                return {**told, "verdict": "held", "blocked_by": predecessor}
-            for key, version in found.versions.items():
-                chain.setdefault(key, version)
-        saved = copy.deepcopy(self.rows)
+            found, parked = self.ledger.get(predecessor), self.parked.get(predecessor)
+            if found is not None and found.user_id == item["user_id"]:
+                continue
+            passes = parked is not None and parked.item["user_id"] == item["user_id"]
+            if not (only_deletes and passes):
+                return str(predecessor)
+        return None
+
+    def _one(self, log_id: str, item: Row, chain: dict[str, str | None]) -> Row:
+        told = _told(item)
+        known = self._known(log_id, item)
+        if known is not None:
+            chain.update(known.get("versions", {}))
+            return {**told, **known}
+        if self._seq_taken(log_id, item["seq"]):
+            return {**told, "verdict": "rejected", "sqlstate": "SYT02"}
+        blocker = self._blocker(item)
+        if blocker is not None:
+            return {**told, "verdict": "held", "blocked_by": blocker}
+        for predecessor in item["after"]:
+            if predecessor in self.ledger:
+                for key, version in self.ledger[predecessor].versions.items():
+                    chain.setdefault(key, version)
+        saved, tombstones = copy.deepcopy(self.rows), dict(self.tombstones)
         try:
             versions = self._effects(item, chain)
         except Refusal as refusal:
-            self.rows = saved
+            self.rows, self.tombstones = saved, tombstones
+            gone = self._deleted_parents(item) if refusal.item["sqlstate"] == "23503" else {}
+            if gone:
+                return {**told, "verdict": "conflict", "op": refusal.item["op"], "rows": gone}
             return {**told, **refusal.item}
         chain.update(versions)
+        self._record(item, item.get("records") or [])
+        self._supersede(item)
         if self.remembers:
             self.ledger[item["txn_id"]] = LedgerEntry(
                 log_id, item["seq"], item["user_id"], item["digest"], versions
             )
         return {**told, "verdict": "applied", "versions": versions}
 
+    def _supersede(self, item: Row) -> None:
+        """Let a delete take its author's parked work on the deleted rows with it."""
+        deletes = {(op["table"], op["id"]) for op in item["ops"] if op["kind"] == "delete"}
+        if not deletes:
+            return
+        gone = deletes | self._deleted
+        for parked in self.parked.values():
+            if parked.item["user_id"] == item["user_id"] and parked.keys(self.tables) & gone:
+                parked.state = "superseded"
+
     def _effects(self, item: Row, chain: Mapping[str, str | None]) -> dict[str, str | None]:
         self._check_bases(item, chain)
+        self._deleted.clear()
         for index, op in enumerate(item["ops"]):
             row = self.rows.get((op["table"], op["id"]))
             if op["kind"] == "insert":
-                self._insert(index, op, item["user_id"])
+                self.insert_row(index, op, item["user_id"])
             elif row is None and op["kind"] == "delete":
                 continue  # a delete of its parent in this transaction took it along
             elif row is None or row.user_id != item["user_id"]:
                 raise Refusal("rejected", index, "42501", message="not the author's")
             elif op["kind"] == "update":
                 self._check(index, op)
-                self._update(op, row)
+                self.update_row(op, row)
             else:
-                self._delete((op["table"], op["id"]))
+                self.delete_row((op["table"], op["id"]))
         keys = [(op["table"], op["id"]) for op in item["ops"]]
         return {"/".join(key): self.version(*key) for key in keys}
 
@@ -203,110 +315,75 @@ class RemoteModel:
         """Conflict outranks every other refusal, so all bases are checked before any effect."""
         made_here: set[Key] = set()
         stale: dict[str, Row | None] = {}
-        hidden = False
-        for op in item["ops"]:
+        found: dict[str, int] = {}
+        for index, op in enumerate(item["ops"]):
             key, name = (op["table"], op["id"]), f"{op['table']}/{op['id']}"
             if key in made_here:
                 continue
             made_here.add(key)
-            row = self.rows.get(key)
-            if not self._is_stale(op, name, row, chain):
-                continue
-            if row is not None and row.user_id != item["user_id"]:
-                hidden = True
-            else:
-                stale[name] = None if row is None else self._shown(key, row)
+            what = self._look(op, key, item["user_id"], self._base(op, name, item, chain))
+            found.setdefault(what, index)
+            if what in ("gone", "stale"):
+                stale[name] = None if what == "gone" else self._shown(key, self.rows[key])
         if stale:
             raise Refusal("conflict", rows=stale)
-        if hidden:
+        if "hidden" in found:
             raise Refusal("rejected", sqlstate="42501", message="not the author's")
+        if "absent" in found:
+            raise Refusal("held", found["absent"], "02000", message="the row isn't there")
+
+    def _look(self, op: Row, key: Key, user_id: str, base: object) -> str:
+        """Say how an op finds its row: fine, stale, gone (deleted), absent, hidden."""
+        row = self.rows.get(key)
+        if row is not None:
+            if not self._is_stale(op, row, base):
+                return "fine"
+            return "stale" if row.user_id == user_id else "hidden"
+        if op["kind"] == "insert" or (op["kind"] == "delete" and base is NEVER):
+            return "fine"
+        if self.tombstones.get(key) != user_id:
+            return "absent"
+        return "gone" if op["kind"] == "update" else "fine"
 
     @staticmethod
-    def _is_stale(
-        op: Row, name: str, row: ServerRow | None, chain: Mapping[str, str | None]
-    ) -> bool:
+    def _is_stale(op: Row, row: ServerRow, base: object) -> bool:
+        """Compare and set: an op goes through only on the version that it was made on."""
+        return bool(op["kind"] == "insert" or row.version != base)
+
+    def _base(self, op: Row, name: str, item: Row, chain: Mapping[str, str | None]) -> object:
+        """Return the version an op was made on; NEVER for a row that only a parked insert made."""
         if op["kind"] == "insert":
-            return row is not None
-        base = op.get("base")
-        if base == CHAINED:
-            if name not in chain:
-                raise ProtocolMismatch(f"chained without a predecessor: {name}")
-            base = chain[name]
-        elif base is None:
+            return None
+        if "base" not in op:
             raise ProtocolMismatch(f"an op without a base: {name}")
-        return row is None or row.version != base
+        if op["base"] != CHAINED:
+            return op["base"]
+        if chain.get(name) is not None:
+            return chain[name]
+        found = self._parked_base(item["after"], item["user_id"], name)
+        if op["kind"] == "delete" and found is not None:
+            return found[0]
+        if name not in chain:
+            raise ProtocolMismatch(f"chained without a predecessor: {name}")
+        return None
 
-    def _insert(self, index: int, op: Row, user_id: str) -> None:
-        spec = self.tables[op["table"]]
-        self._check(index, op)
-        if (op["table"], op["id"]) in self.rows:
-            raise Refusal("rejected", index, "23505", message="the id is taken")
-        if spec.parent is not None:
-            parent = self.rows.get((spec.parent[1], op["values"].get(spec.parent[0])))
-            if parent is None or parent.user_id != user_id:
-                raise Refusal("held", index, "23503", message="no such parent")
-        self.rows[op["table"], op["id"]] = ServerRow(user_id, dict(op["values"]), self._tick())
-
-    def _update(self, op: Row, row: ServerRow) -> None:
-        if not op["values"].items() <= row.values.items():
-            row.values = {**row.values, **op["values"]}
-            row.version = self._tick()
-
-    def _delete(self, key: Key) -> None:
-        del self.rows[key]
-        for name, spec in self.tables.items():
-            if spec.parent is None or spec.parent[1] != key[0]:
+    def _parked_base(self, after: Sequence[str], user_id: str, name: str) -> tuple[object] | None:
+        for predecessor in after:
+            parked = self.parked.get(predecessor)
+            if parked is None or parked.item["user_id"] != user_id:
                 continue
-            column = spec.parent[0]
-            children = [
-                child
-                for child, row in self.rows.items()
-                if child[0] == name and row.values.get(column) == key[1]
-            ]
-            for child in children:
-                self._delete(child)
+            for op in parked.item["ops"]:
+                if f"{op['table']}/{op['id']}" != name:
+                    continue
+                if op["kind"] == "insert":
+                    return (NEVER,)
+                if op["base"] == CHAINED:
+                    return self._parked_base(parked.item["after"], user_id, name)
+                return (op["base"],)
+        return None
 
-    def _check(self, index: int, op: Row) -> None:
-        """Stand for the table's constraints; a value that says it is poison is refused too."""
-        spec = self.tables[op["table"]]
-        for column, value in op["values"].items():
-            rule = spec.columns[column]
-            if value is None and not rule.nullable:
-                raise Refusal("rejected", index, "23502", message="null in a required column")
-        for column, value in op["values"].items():
-            enum = spec.columns[column].enum
-            if value == "poison" or (enum is not None and value not in enum):
-                raise Refusal("rejected", index, "23514", message="violates a check constraint")
 
-    # -- for tests --
-
-    def edit(self, table: str, row_id: str, **values: Any) -> None:
-        """Change a row, if it is there, as somebody with SQL would: the version moves."""
-        row = self.rows.get((table, row_id))
-        if row is None:
-            return
-        row.values = {**row.values, **values}
-        row.version = self._tick()
-
-    def version(self, table: str, row_id: str) -> str | None:
-        """Return a row's version, None when there is none."""
-        row = self.rows.get((table, row_id))
-        return None if row is None else row.version
-
-    def _tick(self) -> str:
-        self._ticks += 1
-        return (START + timedelta(microseconds=self._ticks)).isoformat(timespec="microseconds")
-
-    def _shown(self, key: Key, row: ServerRow) -> Row:
-        spec = self.tables[key[0]]
-        return {
-            **row.values,
-            spec.key: key[1],
-            spec.owner: row.user_id,
-            spec.version: row.version,
-        }
-
-    def _seen(self, name: str, user_id: str) -> Row | None:
-        table, row_id = name.split("/", 1)
-        row = self.rows.get((table, row_id))
-        return None if row is None or row.user_id != user_id else self._shown((table, row_id), row)
+def _told(item: Row) -> Row:
+    """Return a verdict's fields, still empty."""
+    empty = dict.fromkeys(("state", "blocked_by", "op", "sqlstate", "message"))
+    return {"txn_id": item["txn_id"], "versions": {}, "rows": {}, **empty}

@@ -153,12 +153,21 @@ def test_chained_finds_its_predecessor_in_the_ledger_alone(db, user):
     assert kinds(db.send(db.transaction(user, op, after=[made["txn_id"]]))) == ["applied"]
 
 
-@pytest.mark.parametrize("base", ["chained", None])
-def test_an_op_without_anything_to_build_on_fails_the_call(db, user, base):
+@pytest.mark.parametrize("given", [{"base": "chained"}, {}])
+def test_an_op_without_anything_to_build_on_fails_the_call(db, user, given):
     row_id = db.session(user)
+    op = {"table": "sessions", "kind": "update", "id": row_id, "values": {"status": "finalized"}}
     with pytest.raises(psycopg.Error) as raised:
-        db.send(db.transaction(user, update("sessions", row_id, base, status="finalized")))
+        db.send(db.transaction(user, {**op, **given}))
     assert raised.value.sqlstate == "SYP01"
+
+
+def test_a_base_of_null_meets_any_row_as_a_surprise(db, user):
+    row_id = db.session(user)
+    sent = db.transaction(user, update("sessions", row_id, None, status="finalized"))
+    [verdict] = db.send(sent)
+    assert verdict["verdict"] == "conflict"
+    assert verdict["rows"][f"sessions/{row_id}"]["status"] == "active"
 
 
 # -- conflict --

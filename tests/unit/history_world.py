@@ -19,6 +19,7 @@ from syncer.testkit.history import (
     History,
     LedgerRow,
     Observation,
+    ParkedRecord,
     SeenRow,
     Visible,
     joined,
@@ -138,7 +139,7 @@ class World:
     def strike(self, row_id: str) -> None:
         """Delete a note and its comments as somebody with SQL would."""
         self.clock.advance(1)
-        self.server._delete(("notes", row_id))
+        self.server.delete_row(("notes", row_id))
         self.history.outside_delete("notes", row_id)
 
     def discard(self, number: int, txn_id: str) -> None:
@@ -161,7 +162,12 @@ def observe_model(server: RemoteModel) -> Observation:
         for txn_id, e in server.ledger.items()
     ]
     visible = [Visible(row.user_id, row.user_id, *key) for key, row in server.rows.items()]
-    return Observation(rows, tuple(ledger), visible=tuple(visible))
+    parked = [ParkedRecord(txn_id, entry.state) for txn_id, entry in server.parked.items()]
+    for (txn_id, table, row_id, outcome), record in server.records.items():
+        columns = frozenset(column.partition(".")[0] for column in record["columns"])
+        key = frozenset({(table, row_id)})
+        parked.append(ParkedRecord(txn_id, "conflict", key, columns or None, outcome))
+    return Observation(rows, tuple(ledger), visible=tuple(visible), records=tuple(parked))
 
 
 def comment(note: str, text: str) -> Insert:

@@ -70,7 +70,7 @@ def test_every_state_is_counted_once(store, server):
 
 def test_a_transaction_applied_while_its_reply_was_lost_counts_as_applied(store, server):
     note(store, text="a")
-    server.apply_batch(Flusher(store, server)._next_batch())
+    server.apply_batch(Flusher(store, server)._next_batch()[0])
     total = audit(server, store).total
     assert (total.applied, total.pending) == (1, 0)
 

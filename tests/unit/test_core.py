@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from local_store.ops import PendingTransaction, WireOp
 from syncer.core.backoff import RetryLimits, honoured_retry_after_s, retry_delay_s
-from syncer.core.batch import Batch, choose
+from syncer.core.batch import Batch, choose, next_turn
 from syncer.core.breaker import Breaker
 from syncer.core.failures import FailedReply, classify, error_for
-from syncer.core.verdict import VERDICT_KINDS, Verdict, outcome_of
 from syncer.core.wire import decode_reads, decode_verdicts, encode_batch
 from syncer.errors import (
     BatchTooLarge,
@@ -39,6 +38,10 @@ def transaction(seq: int, ops: int = 1, **changes: object) -> PendingTransaction
         after=(),
         size_bytes=10,
         attempts=0,
+        position=seq,
+        log_id="log",
+        before=({"text": "w"},) * ops,
+        children=(None,) * ops,
     )
     return replace(made, **changes)
 
@@ -108,17 +111,30 @@ def test_retry_after_is_honoured_and_capped(asked: float | None, given_s: float)
 
 def test_batch_keeps_order_and_stops_at_the_ops_limit():
     due = [transaction(1, 3), transaction(2, 3), transaction(3, 3)]
-    assert [t.seq for t in choose("log", 3, due, ops_max=6).transactions] == [1, 2]
+    assert [t.seq for t in choose(due, ops_max=6)] == [1, 2]
 
 
 def test_a_transaction_larger_than_the_limit_goes_alone():
     due = [transaction(1, 50), transaction(2, 1)]
-    assert [t.seq for t in choose("log", 2, due, ops_max=10).transactions] == [1]
+    assert [t.seq for t in choose(due, ops_max=10)] == [1]
 
 
 def test_transactions_without_ops_still_count():
     due = [transaction(seq, 0) for seq in range(1, 6)]
-    assert len(choose("log", 5, due, ops_max=3).transactions) == 3
+    assert len(choose(due, ops_max=3)) == 3
+
+
+def test_the_ops_limit_is_shared_by_the_authors_and_each_authors_stay_together():
+    due = [transaction(seq, 3) for seq in range(1, 5)]
+    due += [transaction(seq, 3, user_id="other") for seq in range(5, 7)]
+    assert [t.seq for t in choose(due, ops_max=12)] == [1, 2, 5, 6]
+
+
+def test_the_next_turn_begins_after_the_last_author_served_going_round():
+    served = [transaction(1, user_id=user) for user in ("d", "e", "a", "b")]
+    assert next_turn("c", served) == "b"
+    assert next_turn("", served) == "e"
+    assert next_turn("c", []) == "c"
 
 
 # -- wire ---------------------------------------------------------------------------------------
@@ -184,31 +200,6 @@ def test_a_read_reply_that_does_not_fit_is_not_believed(broken: object):
 
 
 # -- verdicts -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "state"),
-    [
-        ("applied", "applied"),
-        ("duplicate", "applied"),
-        ("conflict", "conflict"),
-        ("rejected", "dead"),
-        ("parked", "dead"),
-        ("fenced", "dead"),
-        ("held", "held"),
-    ],
-)
-def test_each_verdict_leaves_the_transaction_in_one_state(kind: str, state: str):
-    outcome = outcome_of(Verdict("txn", kind, message="why"), held_retry_s=3.0)
-    assert outcome.state == state
-    assert outcome.retry_after_s == (3.0 if kind == "held" else 0.0)
-    if state != "applied":
-        assert outcome.reply["message"] == "why"
-
-
-def test_every_verdict_kind_has_an_outcome():
-    for kind in VERDICT_KINDS:
-        assert outcome_of(Verdict("txn", kind), held_retry_s=0.0).txn_id == "txn"
 
 
 # -- failure classes ------------------------------------------------------------------------------

@@ -159,14 +159,14 @@ def world(tmp_path: Path) -> Iterator[World]:
         yield made
 
 
-def test_without_the_ledger_a_lost_reply_is_a_duplicate_and_a_false_conflict(world: World):
+def test_without_the_ledger_a_lost_reply_is_found_out(world: World):
     world.server.remembers = False
     born = Insert("notes", {"id": new_id(), "text": "once"})
     world.write(0, ANN, born)
     world.flush(0, "lost reply")
     seen = world.settle()
     found = check(world.history, seen, TABLES)
-    assert kinds(found) == {"duplicated", "false_conflict"}, findings_text(found)
+    assert kinds(found) == {"lost"}, findings_text(found)
 
 
 class Careless(RemoteModel):

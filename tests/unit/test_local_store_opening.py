@@ -146,7 +146,7 @@ def test_a_write_waits_for_another_program_that_holds_the_file(store: LocalStore
     path = tmp_path / "buffer.db"
     with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
         other.execute("BEGIN IMMEDIATE")
-        other.execute("UPDATE meta SET value = value")
+        other.execute("UPDATE logs SET log_id = log_id")
         release = threading.Timer(0.2, other.execute, ("COMMIT",))
         release.start()
         add(store)

@@ -133,7 +133,7 @@ def test_a_parked_predecessor_still_holds_its_successors(store: LocalStore):
     row_id = new_id()
     first = write(store, Insert("notes", {"id": row_id}))
     write(store, Update("notes", row_id, {"text": "b"}))
-    record(store, first.txn_id, "dead")
+    record(store, first.txn_id, "dead", retry_after_s=60.0)
     (txn,) = waiting(store)
     assert (txn.after, txn.chained) == ((first.txn_id,), (True,))
     record(store, first.txn_id, "discarded")
@@ -218,7 +218,8 @@ def test_a_parked_transaction_keeps_its_row_pending_with_the_evidence(
 ):
     row_id = add(store)
     (txn,) = waiting(store)
-    record(store, txn.txn_id, state, reply={"sqlstate": "23514", "rows": {"a": [1]}})
+    evidence = {"sqlstate": "23514", "rows": {"a": [1]}}
+    record(store, txn.txn_id, state, reply=evidence, retry_after_s=60.0)
     assert note(store, row_id)["_pending"]
     assert (store.state(txn.txn_id), waiting(store)) == (state, [])
     assert store.reply(txn.txn_id) == {"sqlstate": "23514", "rows": {"a": [1]}}

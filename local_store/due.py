@@ -1,0 +1,227 @@
+"""What is to be sent next: whose turn it is, and what each op builds on.
+
+Authors take turns, so that one who floods the buffer doesn't delay the others; each author's own
+transactions stay in order. Functions take the open connection.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from local_store.door import decode_ops
+from local_store.op_log import DUE_AHEAD_MAX_S, IS_UNDELIVERED, narrowing
+from local_store.ops import PendingTransaction, Selection, TableSpec, WireOp
+
+USERS_MAX = 50  # in one batch: the server changes its role once for each
+QUOTA_MIN = 10  # and several transactions of one author in a row are what it is fast at
+PARKED_MAX = 50  # questions about parked work in one batch
+
+_IS_DUE = "(due_at <= ? OR due_at > ?)"
+_COLUMNS = (
+    "position, seq, txn_id, user_id, digest, accepted_at, ops, before, children, records, bases,"
+    " size_bytes, attempts, parked, held_since"
+)
+Found = tuple[Any, ...]
+
+
+class Due:
+    """One question of what is due; collects rows until a limit is reached."""
+
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        now_s: float,
+        selection: Selection | None,
+        transactions_max: int,
+        bytes_max: int,
+    ) -> None:
+        self._connection = connection
+        self._when = (now_s, now_s + DUE_AHEAD_MAX_S)
+        self._narrowed, self._values = narrowing(selection)
+        self._transactions_max = transactions_max
+        self._bytes_max = bytes_max
+        self._bytes = 0
+        self._full = False
+        self.found: list[Found] = []
+
+    def log(self) -> int | None:
+        """Return the log of the oldest due transaction, parked ones last; None when none is due."""
+        for which in (IS_UNDELIVERED, "parked = 1"):
+            found = self._connection.execute(
+                f"SELECT log FROM op_log WHERE {which} AND {_IS_DUE}{self._narrowed}"
+                " ORDER BY position LIMIT 1",
+                (*self._when, *self._values),
+            ).fetchone()
+            if found is not None:
+                return int(found[0])
+        return None
+
+    def collect(self, log: int, after_user: str) -> None:
+        """Take from each author in turn, then what is left of the room from those with more."""
+        hungry: list[tuple[str, int]] = []
+        served = 0
+        quota = max(QUOTA_MIN, -(-self._transactions_max // USERS_MAX))
+        for user_id in self._users(log, after_user):
+            last = self._take(log, user_id, 0, quota)
+            served += last is not None
+            if last is not None:
+                hungry.append((user_id, last))
+            if self._full or served == USERS_MAX:
+                break
+        left = self._transactions_max - len(self.found)
+        for number, (user_id, last) in enumerate(hungry):
+            if self._full or left <= 0:
+                return
+            taken = len(self.found)
+            self._take(log, user_id, last, -(-left // (len(hungry) - number)))
+            left -= len(self.found) - taken
+
+    def ask_about_parked(self, log: int) -> None:
+        """Fill the room that is left with parked transactions: what became of them?"""
+        room = min(PARKED_MAX, self._transactions_max - len(self.found))
+        if room > 0 and not self._full:
+            self._add(
+                f"log = ? AND parked = 1 AND {_IS_DUE}{self._narrowed} ORDER BY position",
+                (log, *self._when, *self._values),
+                room,
+            )
+
+    def _users(self, log: int, after_user: str) -> Iterator[str]:
+        """Yield the authors with undelivered work, from after `after_user` round to it.
+
+        Each step is one look into the index, however much an author has queued.
+        """
+        for low, high in ((after_user, None), ("", after_user)):
+            user_id = low
+            while True:
+                found = self._connection.execute(
+                    f"SELECT min(user_id) FROM op_log WHERE {IS_UNDELIVERED} AND log = ?"
+                    " AND user_id > ?",
+                    (log, user_id),
+                ).fetchone()
+                user_id = found[0]
+                if user_id is None or (high is not None and user_id > high):
+                    break
+                yield user_id
+
+    def _take(self, log: int, user_id: str, after: int, count: int) -> int | None:
+        """Take an author's next `count` due ones; returns the last's position, None for none."""
+        known = len(self.found)
+        count = min(count, self._transactions_max - known)
+        self._add(
+            f"log = ? AND user_id = ? AND position > ? AND {IS_UNDELIVERED}"
+            f" AND {_IS_DUE}{self._narrowed} ORDER BY position",
+            (log, user_id, after, *self._when, *self._values),
+            count,
+        )
+        return None if len(self.found) == known else int(self.found[-1][0])
+
+    def _add(self, where: str, values: Sequence[object], count: int) -> None:
+        """At least one transaction is taken: one that is larger than the limit goes alone."""
+        statement = f"SELECT {_COLUMNS} FROM op_log WHERE {where} LIMIT ?"
+        for row in self._connection.execute(statement, (*values, count)):
+            self._bytes += row[11]
+            if self.found and self._bytes > self._bytes_max:
+                self._full = True
+                return
+            self.found.append(row)
+        self._full = self._full or len(self.found) >= self._transactions_max
+
+
+def pending(
+    connection: sqlite3.Connection,
+    tables: Mapping[str, TableSpec],
+    due: Due,
+    after_user: str,
+) -> list[PendingTransaction]:
+    """Return what is due of one log, by position, each with what it builds on."""
+    log = due.log()
+    if log is None:
+        return []
+    due.collect(log, after_user)
+    due.ask_about_parked(log)
+    log_id = connection.execute("SELECT log_id FROM logs WHERE ordinal = ?", (log,)).fetchone()[0]
+    return [_complete(connection, tables, log_id, row) for row in sorted(due.found)]
+
+
+def _complete(
+    connection: sqlite3.Connection, tables: Mapping[str, TableSpec], log_id: str, row: Found
+) -> PendingTransaction:
+    position, seq, txn_id, user_id, digest, accepted_at, encoded, before, children = row[:9]
+    records, stored, size_bytes, attempts, parked, held_since = row[9:]
+    ops = decode_ops(encoded)
+    known = None if stored is None else orjson.loads(stored)
+    bases, chained, after = _predecessors(connection, tables, position, ops, known)
+    return PendingTransaction(
+        seq=seq,
+        txn_id=txn_id,
+        user_id=user_id,
+        digest=digest,
+        accepted_at=accepted_at,
+        ops=ops,
+        bases=bases,
+        chained=chained,
+        after=after,
+        size_bytes=size_bytes,
+        attempts=attempts,
+        position=position,
+        log_id=log_id,
+        before=tuple(orjson.loads(before)),
+        children=tuple(orjson.loads(children)),
+        records=tuple(orjson.loads(records)),
+        parked=bool(parked),
+        held_since=held_since,
+    )
+
+
+def _predecessors(
+    connection: sqlite3.Connection,
+    tables: Mapping[str, TableSpec],
+    position: int,
+    ops: Sequence[WireOp],
+    stored: Sequence[str | None] | None,
+) -> tuple[tuple[str | None, ...], tuple[bool, ...], tuple[str, ...]]:
+    """Find what each op builds on: a server version, or an unsettled change that goes first.
+
+    `stored` bases are those of a transaction that was applied before and is sent again.
+    """
+    bases: list[str | None] = []
+    chained: list[bool] = []
+    after: dict[str, None] = {}  # ordered and without doubles
+    seen: set[tuple[str, str]] = set()
+    for index, op in enumerate(ops):
+        key = (op.table, op.id)
+        earlier = _last_touch(connection, key, position)
+        spec = tables.get(op.table)  # None: no longer registered, and still to be delivered
+        parent = spec.parent if spec else None
+        parent_id = op.values.get(parent[0]) if parent else None
+        if parent is not None and parent_id is not None:
+            parent_key = (parent[1], parent_id)
+            after.update(dict.fromkeys(_last_touch(connection, parent_key, position)))
+        after.update(dict.fromkeys(earlier))
+        follows = bool(earlier) or key in seen
+        chained.append(follows and op.kind != "insert")
+        if follows or op.kind == "insert":
+            bases.append(None)
+        else:
+            bases.append(_base(connection, key) if stored is None else stored[index])
+        seen.add(key)
+    return tuple(bases), tuple(chained), tuple(after)
+
+
+def _last_touch(connection: sqlite3.Connection, key: tuple[str, str], position: int) -> list[str]:
+    found = connection.execute(
+        "SELECT l.txn_id FROM touches t JOIN op_log l ON l.position = t.position"
+        " WHERE t.tbl = ? AND t.id = ? AND t.position < ? ORDER BY t.position DESC LIMIT 1",
+        (*key, position),
+    ).fetchone()
+    return [] if found is None else [found[0]]
+
+
+def _base(connection: sqlite3.Connection, key: tuple[str, str]) -> str | None:
+    found = connection.execute("SELECT base FROM rows WHERE tbl = ? AND id = ?", key).fetchone()
+    return None if found is None else found[0]

@@ -1,0 +1,168 @@
+"""What a person does with parked work, from any machine that has the project's URL and secret key.
+
+Every function is one or two RPCs; nothing here needs the container that wrote the transaction, nor
+its buffer. Effects take place under the author's row-level security, never as the operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from local_store.clock import new_id
+from local_store.door import digest_of
+from local_store.ops import Row, WireOp, user_uuid
+from syncer.errors import Declined
+from syncer.remote import SupabaseRemote
+
+PAGE = 500  # records per call: some hundred KB without their values
+RETRIES_PER_CALL = 100  # each with what waits for it: well within the RPC's 20 s
+
+Choice = Literal["mine", "theirs"]
+
+
+def dead_letters(
+    remote: SupabaseRemote,
+    *,
+    txn_ids: Sequence[str] | None = None,
+    log_id: str | None = None,
+    user_id: str | None = None,
+    full: bool = False,
+) -> list[Row]:
+    """Return what is parked, in the order of its logs; `full` brings the values, users' data too.
+
+    With `txn_ids` also what was superseded. Raises SyncError.
+    """
+    asked: Row = {"limit": PAGE, "full": full}
+    if txn_ids is not None:
+        asked["txn_ids"] = list(txn_ids)
+    if log_id is not None:
+        asked["log_id"] = log_id
+    if user_id is not None:
+        asked["user_id"] = user_uuid(user_id)
+    found: list[Row] = []
+    while True:
+        page = remote.operate("sync_list_parked_v1", asked)["parked"]
+        found += page
+        if len(page) < PAGE:
+            return found
+        asked |= {"after_log_id": page[-1]["log_id"], "after_seq": page[-1]["seq"]}
+
+
+def retry(remote: SupabaseRemote, txn_ids: Sequence[str]) -> list[Row]:
+    """Try parked transactions again, and what waits for them; returns a verdict for each tried.
+
+    Safe to repeat. Raises SyncError; then those before it may have been tried.
+    """
+    results: list[Row] = []
+    for start in range(0, len(txn_ids), RETRIES_PER_CALL):
+        asked = {"txn_ids": list(txn_ids[start : start + RETRIES_PER_CALL])}
+        results += remote.operate("sync_retry_v1", asked)["results"]
+    return results
+
+
+def discard(remote: SupabaseRemote, txn_ids: Sequence[str]) -> list[Row]:
+    """Give parked transactions up, all or none; what waited for them is tried.
+
+    Raises Declined when one of them is not parked any more.
+    """
+    results: list[Row] = remote.operate("sync_discard_v1", {"txn_ids": list(txn_ids)})["results"]
+    return results
+
+
+def edit(
+    remote: SupabaseRemote,
+    txn_id: str,
+    changes: Mapping[str, Any],
+    *,
+    op: int | None = None,
+    ids: Callable[[], str] = new_id,
+) -> Row:
+    """Replace a parked transaction by one whose op `op` has other values; not tried yet.
+
+    `op` defaults to the one that was refused. Returns the verdict of the new transaction, whose
+    txn_id differs. Raises Declined when the old one was applied or isn't parked.
+    """
+    parked = _one(dead_letters(remote, txn_ids=[txn_id], full=True))
+    ops = [dict(item) for item in parked["item"]["ops"]]
+    index = (parked["op"] or 0) if op is None else op
+    if not 0 <= index < len(ops):
+        raise ValueError(f"op: {index} is none of the transaction's {len(ops)} ops")
+    ops[index] = {**ops[index], "values": {**ops[index]["values"], **changes}}
+    asked = {"txn_id": txn_id, "new_txn_id": ids(), "ops": ops, "digest": _digest(ops)}
+    results = remote.operate("sync_edit_v1", asked)["results"]
+    verdict: Row = results[0]
+    return verdict
+
+
+def conflicts(
+    remote: SupabaseRemote,
+    *,
+    conflict_id: str | None = None,
+    user_id: str | None = None,
+    undecided: bool = True,
+) -> list[Row]:
+    """Return conflict records, oldest first, at most 500; `undecided` leaves out decided ones."""
+    asked: Row = {"limit": PAGE, "open": undecided and conflict_id is None}
+    if conflict_id is not None:
+        asked["id"] = conflict_id
+    if user_id is not None:
+        asked["user_id"] = user_uuid(user_id)
+    found: list[Row] = remote.operate("sync_list_conflicts_v1", asked)["conflicts"]
+    return found
+
+
+def resolve(remote: SupabaseRemote, conflict_id: str, choice: Choice) -> list[Row]:
+    """Decide a conflict for one side; what waits for it goes on. Returns a verdict for each tried.
+
+    The choice goes for all undecided records of the same transaction. When the row has moved since
+    the record was made, the answer is `conflict` and the record shows the newer row.
+    Raises Declined when it is decided already.
+    """
+    asked = {"id": conflict_id, "choice": choice}
+    results: list[Row] = remote.operate("sync_resolve_v1", asked)["results"]
+    return results
+
+
+def resolve_edited(
+    remote: SupabaseRemote,
+    conflict_id: str,
+    row: Mapping[str, Any],
+    *,
+    ids: Callable[[], str] = new_id,
+) -> list[Row]:
+    """Decide a conflict with a third version: `row` holds the columns to write.
+
+    The transaction is discarded in favour of a new one that writes them; its ops on other rows stay
+    as they were.
+    """
+    found = conflicts(remote, conflict_id=conflict_id)
+    if not found:
+        raise Declined("no_such_conflict")
+    record = found[0]
+    parked = _one(dead_letters(remote, txn_ids=[record["txn_id"]], full=True))
+    ops = [
+        {**item, "kind": "update", "values": dict(row)}
+        if (item["table"], item["id"]) == (record["table"], record["row_id"])
+        else item
+        for item in parked["item"]["ops"]
+    ]
+    asked = {
+        "id": conflict_id,
+        "choice": "edited",
+        "row": dict(row),
+        "new_txn_id": ids(),
+        "digest": _digest(ops),
+    }
+    results: list[Row] = remote.operate("sync_resolve_v1", asked)["results"]
+    return results
+
+
+def _one(found: Sequence[Row]) -> Row:
+    if not found:
+        raise Declined("not_parked")
+    return found[0]
+
+
+def _digest(ops: Sequence[Row]) -> str:
+    return digest_of([WireOp(op["table"], op["kind"], op["id"], op["values"]) for op in ops])

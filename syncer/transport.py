@@ -1,0 +1,182 @@
+"""One call to Supabase: the client, its timeouts, and what every way of failing means.
+
+supabase-py's default client speaks HTTP/2, follows redirects and accepts any 2xx body, and each of
+the three loses or doubles writes silently. This one is handed an HTTP/1.1 client that never follows
+a redirect, whose response hook turns everything but a JSON 2xx into an error of ours.
+"""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import postgrest
+from supabase import Client, create_client
+from supabase.lib.client_options import SyncClientOptions
+
+from local_store.ops import Row
+from syncer.core.failures import FailedReply, error_for
+from syncer.errors import (
+    Declined,
+    NotAuthorized,
+    RemoteUnavailable,
+    ReplyTimedOut,
+    ReplyUnreadable,
+    SettingsError,
+    SyncError,
+)
+
+CONNECT_TIMEOUT_S = 5.0
+# Above the RPC's own statement_timeout (20 s), so that the server gives up first and says so; below
+# the hosted gateway's cap of 60 s.
+READ_TIMEOUT_S = 30.0
+WRITE_TIMEOUT_S = 10.0
+CONNECTIONS_MAX = 8
+DECLINED_CODE = "SYP02"
+DECLINED_HINTS = {
+    "already_applied": "it took effect; change the row itself instead",
+    "already_discarded": "it was given up before; nothing was changed",
+    "already_resolved": "somebody decided it before; see `syncer conflicts show`",
+    "superseded": "its author deleted the row meanwhile; nothing is left to do",
+    "not_parked": "check the id with `syncer dead-letters list`",
+    "no_such_conflict": "check the id with `syncer conflicts list --all`",
+    "row_is_gone": "the row was deleted: take theirs, or write a new row",
+}
+
+
+def build_client(url: str, key: str) -> tuple[Client, httpx.Client]:
+    """Return a client and what it runs on; raises SettingsError for a malformed URL or key."""
+    limits = httpx.Limits(max_connections=CONNECTIONS_MAX)
+    http = httpx.Client(
+        transport=httpx.HTTPTransport(http2=False, retries=1, limits=limits),
+        timeout=httpx.Timeout(
+            connect=CONNECT_TIMEOUT_S, write=WRITE_TIMEOUT_S, read=READ_TIMEOUT_S, pool=5.0
+        ),
+        follow_redirects=False,
+        event_hooks={"response": [_require_json_success]},
+    )
+    options = SyncClientOptions(
+        httpx_client=http,
+        auto_refresh_token=False,
+        persist_session=False,
+        postgrest_client_retry=False,
+    )
+    try:
+        return create_client(url, key, options=options), http
+    except Exception as error:
+        http.close()
+        # supabase-py checks only the form of URL and key here, and says which of them it disliked.
+        setting = "SUPABASE_URL" if "url" in str(error).lower() else "SUPABASE_SECRET_KEY"
+        raise SettingsError(
+            setting, "isn't accepted by supabase-py", hint="copy it again from the project"
+        ) from None
+
+
+def execute(client: Client, function: str, params: Row) -> Any:
+    """Make one call; every way it can fail becomes a SyncError that names no secret."""
+    try:
+        return client.rpc(function, params).execute().data
+    except SyncError:
+        raise
+    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+        if isinstance(error.__cause__ or error.__context__, ssl.SSLError) or "SSL" in str(error):
+            raise NotAuthorized(
+                "the TLS connection to Supabase failed", hint="check SUPABASE_URL and certificates"
+            ) from None
+        raise RemoteUnavailable(
+            f"Supabase can't be reached ({type(error).__name__})", hint="everything is kept"
+        ) from None
+    except httpx.TimeoutException as error:
+        raise ReplyTimedOut(
+            f"no reply from Supabase in time ({type(error).__name__})",
+            hint="the outcome is unknown; the same ids are resent",
+        ) from None
+    except (httpx.HTTPError, postgrest.APIError, ValueError) as error:
+        raise ReplyUnreadable(
+            f"no usable reply from Supabase ({type(error).__name__})",
+            hint="the outcome is unknown; the same ids are resent",
+        ) from None
+
+
+def _require_json_success(response: httpx.Response) -> None:
+    """Raise our error for everything but a JSON 2xx, while status and headers are still at hand."""
+    response.read()
+    is_json = "json" in response.headers.get("content-type", "")
+    if response.is_success and is_json:
+        return
+    if response.is_success:
+        raise ReplyUnreadable(
+            f"Supabase answered {response.status_code} without JSON",
+            hint="a gateway or captive portal may stand between; the same ids are resent",
+        )
+    body = _json_object(response) if is_json else {}
+    if body.get("code") == DECLINED_CODE:
+        reason = str(body.get("message"))
+        raise Declined(reason, hint=DECLINED_HINTS.get(reason, "nothing was changed"))
+    raise error_for(
+        FailedReply(
+            status=response.status_code,
+            code=str(body.get("code") or ""),
+            message=str(body.get("message") or ""),
+            retry_after_s=_retry_after_s(response.headers.get("retry-after")),
+        )
+    )
+
+
+def _json_object(response: httpx.Response) -> Row:
+    try:
+        body = response.json()
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _retry_after_s(header: str | None) -> float | None:
+    """Read Retry-After in seconds; an HTTP date counts as `asked, but for how long is unknown`."""
+    if header is None:
+        return None
+    try:
+        return float(header)
+    except ValueError:
+        return 0.0
+
+
+class Call:
+    """One call in a thread of its own, with an overall deadline.
+
+    A thread per call costs ~50 µs beside a network round trip, and it is the only bound that holds
+    against a reply that drips. A call given up goes on to its own end and nobody reads its outcome.
+    """
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self._done = threading.Event()
+        self._outcome: Any = None
+        self._failure: BaseException | None = None
+
+    def wait(self, deadline_s: float) -> Any:
+        """Run the call and return its outcome; raises ReplyTimedOut when the time is over."""
+        threading.Thread(target=self._run, name="syncer-call", daemon=True).start()
+        if not self._done.wait(deadline_s):
+            self.give_up()
+        if self._failure is not None:
+            raise self._failure
+        return self._outcome
+
+    def give_up(self) -> None:
+        """Let the waiting thread go on, with an unknown outcome."""
+        self._failure = ReplyTimedOut(
+            "no complete reply in time", hint="the outcome is unknown; the same ids are resent"
+        )
+        self._done.set()
+
+    def _run(self) -> None:
+        try:
+            self._outcome = self._call()
+        except BaseException as error:
+            self._failure = self._failure or error
+        finally:
+            self._done.set()

@@ -1,0 +1,131 @@
+"""The rows of the modelled server: effects, constraints, cascades, tombstones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from local_store.ops import Row, TableSpec
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+Key = tuple[str, str]
+
+
+@dataclass(slots=True)
+class ServerRow:
+    """One row as the server holds it."""
+
+    user_id: str
+    values: Row
+    version: str
+
+
+class Refusal(Exception):
+    """One op can't take effect; carries the verdict that follows."""
+
+    def __init__(
+        self, verdict: str, op: int | None = None, sqlstate: str | None = None, **more: Any
+    ) -> None:
+        super().__init__(verdict)
+        self.item = {"verdict": verdict, "op": op, "sqlstate": sqlstate, **more}
+
+
+@dataclass(slots=True)
+class ModelRows:
+    """Rows by key; what isn't allowed raises Refusal, and the caller undoes the rest."""
+
+    tables: Mapping[str, TableSpec]
+    rows: dict[Key, ServerRow] = field(default_factory=dict)
+    tombstones: dict[Key, str] = field(default_factory=dict)
+    _ticks: int = 0
+    _deleted: set[Key] = field(default_factory=set)
+
+    def insert_row(self, index: int, op: Row, user_id: str) -> None:
+        spec = self.tables[op["table"]]
+        self._check(index, op)
+        if (op["table"], op["id"]) in self.rows:
+            raise Refusal("rejected", index, "23505", message="the id is taken")
+        if spec.parent is not None:
+            parent = self.rows.get((spec.parent[1], op["values"].get(spec.parent[0])))
+            if parent is None or parent.user_id != user_id:
+                raise Refusal("held", index, "23503", message="no such parent")
+        self.tombstones.pop((op["table"], op["id"]), None)
+        self.rows[op["table"], op["id"]] = ServerRow(user_id, dict(op["values"]), self._tick())
+
+    def update_row(self, op: Row, row: ServerRow) -> None:
+        if not op["values"].items() <= row.values.items():
+            row.values = {**row.values, **op["values"]}
+            row.version = self._tick()
+
+    def delete_row(self, key: Key) -> None:
+        self.tombstones[key] = self.rows.pop(key).user_id
+        self._deleted.add(key)
+        for name, spec in self.tables.items():
+            if spec.parent is None or spec.parent[1] != key[0]:
+                continue
+            column = spec.parent[0]
+            children = [
+                child
+                for child, row in self.rows.items()
+                if child[0] == name and row.values.get(column) == key[1]
+            ]
+            for child in children:
+                self.delete_row(child)
+
+    def _check(self, index: int, op: Row) -> None:
+        """Stand for the table's constraints; a value that says it is poison is refused too."""
+        spec = self.tables[op["table"]]
+        for column, value in op["values"].items():
+            rule = spec.columns[column]
+            if value is None and not rule.nullable:
+                raise Refusal("rejected", index, "23502", message="null in a required column")
+        for column, value in op["values"].items():
+            enum = spec.columns[column].enum
+            if value == "poison" or (enum is not None and value not in enum):
+                raise Refusal("rejected", index, "23514", message="violates a check constraint")
+
+    def _deleted_parents(self, item: Row) -> dict[str, None]:
+        gone: dict[str, None] = {}
+        for op in item["ops"]:
+            parent = self.tables[op["table"]].parent
+            if parent is None or op["values"].get(parent[0]) is None:
+                continue
+            key = (parent[1], op["values"][parent[0]])
+            if key not in self.rows and self.tombstones.get(key) == item["user_id"]:
+                gone["/".join(key)] = None
+        return gone
+
+    # -- for tests --
+
+    def edit(self, table: str, row_id: str, **values: Any) -> None:
+        """Change a row, if it is there, as somebody with SQL would: the version moves."""
+        row = self.rows.get((table, row_id))
+        if row is None:
+            return
+        row.values = {**row.values, **values}
+        row.version = self._tick()
+
+    def version(self, table: str, row_id: str) -> str | None:
+        """Return a row's version, None when there is none."""
+        row = self.rows.get((table, row_id))
+        return None if row is None else row.version
+
+    def _tick(self) -> str:
+        self._ticks += 1
+        return (START + timedelta(microseconds=self._ticks)).isoformat(timespec="microseconds")
+
+    def _shown(self, key: Key, row: ServerRow) -> Row:
+        spec = self.tables[key[0]]
+        return {
+            **row.values,
+            spec.key: key[1],
+            spec.owner: row.user_id,
+            spec.version: row.version,
+        }
+
+    def _seen(self, name: str, user_id: str) -> Row | None:
+        table, row_id = name.split("/", 1)
+        row = self.rows.get((table, row_id))
+        return None if row is None or row.user_id != user_id else self._shown((table, row_id), row)
