@@ -52,6 +52,8 @@ def rebase(
         freed |= untouched
     for key in freed - set(keys):
         _restore(connection, key, counter)
+    for key in _remade(known, rewritten) - set(keys):
+        rebuild(connection, tables, key, None, counter)
     for name, row in rows.items():
         rebuild(connection, tables, _key(name), row, counter)
     return bytes_more
@@ -112,6 +114,19 @@ def _replace(
     connection.execute("DELETE FROM touches WHERE position = ?", (old.position,))
     touch(connection, old.position, after)
     return len(encoded) - size_bytes, before - after
+
+
+def _remade(known: Mapping[str, StoredTransaction], rewritten: Sequence[Rewritten]) -> set[Key]:
+    """Return the rows whose pending insert was rewritten: what they are is all here."""
+    found: set[Key] = set()
+    for item in rewritten:
+        old = {(op.table, op.id): op for op in known[item.txn_id].ops if op.kind == "insert"}
+        found |= {
+            (op.table, op.id)
+            for op in item.ops
+            if op.kind == "insert" and old.get((op.table, op.id)) != op
+        }
+    return found
 
 
 def _restore(connection: sqlite3.Connection, key: Key, counter: int) -> None:

@@ -70,9 +70,8 @@ class Column:
 class Answers:
     """What callables answered, and how it ended."""
 
-    surfaced: bool = False
+    surfaced: set[str] = field(default_factory=set)
     failure: str | None = None
-    called: bool = field(default=False)
 
 
 def merge_columns(work: Slots, spec: TableSpec, chain: Sequence[Link], theirs: Row) -> None:
@@ -86,7 +85,9 @@ def merge_columns(work: Slots, spec: TableSpec, chain: Sequence[Link], theirs: R
         return
     for policy, group in _groups(columns).items():
         outcome = OUTCOMES.get(policy, "merged")
-        if outcome != "merged" or answers.surfaced:
+        if outcome == "merged":
+            group = [column for column in group if column.name in answers.surfaced]
+        if group:
             _record(work, spec, chain, group, outcome, policy)
 
 
@@ -211,8 +212,8 @@ def _asked(
             # A policy is the application's code: whatever it raises must not stop the delivery.
             answers.failure = answers.failure or type(error).__name__
             continue
-        answers.called = True
-        answers.surfaced = answers.surfaced or resolution.surfaced
+        if resolution.surfaced:
+            answers.surfaced |= names
         written |= {name: value for name, value in resolution.values.items() if name in names}
         for index, values in resolution.siblings.items():
             sibling = slots[index]

@@ -26,7 +26,7 @@ from syncer.sessions.models import (
     PromptSession,
     ResolutionType,
     SessionSource,
-    hole_ids,
+    draft_of,
     timestamp_now,
 )
 from syncer.sessions.store_api import RequestKey, SessionStore
@@ -82,7 +82,7 @@ class SpecSessionManager:
         async def make(session: PromptSession) -> None:
             ir = await self._called(self._translator.translate, prompt)
             session.add_revision(PromptRevision(content=prompt, revision_type="initial"))
-            session.add_draft(_draft(ir, 1))
+            session.add_draft(draft_of(ir, 1))
 
         return await self._create("prompt", metadata, make, request)
 
@@ -96,7 +96,7 @@ class SpecSessionManager:
         """Create a session from an IR that was lifted from code."""
 
         async def make(session: PromptSession) -> None:
-            session.add_draft(_draft(copy.deepcopy(dict(ir)), 1))
+            session.add_draft(draft_of(copy.deepcopy(dict(ir)), 1))
 
         return await self._create("reverse_mode", metadata, make, request)
 
@@ -130,7 +130,7 @@ class SpecSessionManager:
                 return  # nothing to work it into: the answer stays unapplied
             ir = copy.deepcopy(draft.ir)  # the older draft stays as it was, whatever fill does
             ir = await self._called(self._translator.fill, ir, hole_id, text, type)
-            session.add_draft(_draft(ir, _next_version(session)))
+            session.add_draft(draft_of(ir, _next_version(session)))
             resolution.applied = True
 
         return await self._change(session_id, make, request)
@@ -265,12 +265,6 @@ def _translator(translate: Translator | Translate | None) -> Translator:
         return cast("Translator", translate)
     fill = getattr(translate, "fill", SketchTranslator().fill)
     return TranslatorOf(translate, fill)
-
-
-def _draft(ir: IR, version: int) -> IRDraft:
-    holes = hole_ids(ir)
-    status = "incomplete" if holes else "pending"
-    return IRDraft(version=version, ir=ir, validation_status=status, ambiguities=holes)
 
 
 def _next_version(session: PromptSession) -> int:

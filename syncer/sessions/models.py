@@ -234,3 +234,10 @@ class PromptSession(_Document):
 
 def _is_before(moment: datetime | None, other: datetime | None) -> bool:
     return moment is not None and other is not None and moment < other
+
+
+def draft_of(ir: dict[str, Any], version: int) -> IRDraft:
+    """Return a draft of an IR: incomplete while it has holes, which it names."""
+    holes = hole_ids(ir)
+    status: ValidationStatus = "incomplete" if holes else "pending"
+    return IRDraft(version=version, ir=ir, validation_status=status, ambiguities=holes)

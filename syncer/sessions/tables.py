@@ -18,6 +18,8 @@ from syncer.sessions.models import (
     SessionStatus,
     ValidationStatus,
 )
+from syncer.sessions.policy import child_rules, session_rules
+from syncer.sessions.translate import Fill, SketchTranslator
 
 SESSIONS = "sessions"
 REVISIONS = "session_revisions"
@@ -37,6 +39,7 @@ def _one_of(literal: object) -> Column:
 def _child(name: str, columns: dict[str, Column]) -> TableSpec:
     return TableSpec(
         name,
+        policy=child_rules({**columns, "session_id": None, "metadata": None}),
         columns={
             **_OWN,
             "session_id": Column("uuid", nullable=False),
@@ -51,54 +54,65 @@ def _child(name: str, columns: dict[str, Column]) -> TableSpec:
     )
 
 
-SESSION_TABLES: list[TableSpec] = [
-    TableSpec(
-        SESSIONS,
-        columns={
-            **_OWN,
-            "status": _one_of(SessionStatus),
-            "source": _one_of(SessionSource),
-            "current_draft_id": Column("uuid"),
-            "current_draft_version": Column("int"),
-            "current_ir": Column("json"),
-            "revision_count": Column("int"),
-            "hole_count": Column("int"),
-            **_STAMPS,
-            "finalized_at": Column("timestamp"),
-            "metadata": _JSON,
-            "client": _JSON,
-        },
-        server_owned=frozenset(
-            {*_STAMPS, "current_ir", "current_draft_version", "revision_count", "hole_count"}
+def session_tables(fill: Fill | None = None) -> list[TableSpec]:
+    """Return the session tables; `fill` is what works answers into drafts when two meet.
+
+    Give the flusher's process the translator that the API uses, or drafts that are made again on
+    another container's would be made by the sketch.
+    """
+    rules = session_rules(fill or SketchTranslator().fill, DRAFTS, RESOLUTIONS)
+    return [
+        TableSpec(
+            SESSIONS,
+            policy=rules,
+            columns={
+                **_OWN,
+                "status": _one_of(SessionStatus),
+                "source": _one_of(SessionSource),
+                "current_draft_id": Column("uuid"),
+                "current_draft_version": Column("int"),
+                "current_ir": Column("json"),
+                "revision_count": Column("int"),
+                "hole_count": Column("int"),
+                **_STAMPS,
+                "finalized_at": Column("timestamp"),
+                "metadata": _JSON,
+                "client": _JSON,
+            },
+            server_owned=frozenset(
+                {*_STAMPS, "current_ir", "current_draft_version", "revision_count", "hole_count"}
+            ),
+            json_merge=frozenset({"metadata", "client"}),
         ),
-        json_merge=frozenset({"metadata", "client"}),
-    ),
-    _child(
-        REVISIONS,
-        {
-            "content": _TEXT,
-            "revision_type": _one_of(RevisionType),
-            "target_hole": Column("text"),
-        },
-    ),
-    _child(
-        DRAFTS,
-        {
-            "version": Column("int", nullable=False),
-            "ir": _JSON,
-            "validation_status": _one_of(ValidationStatus),
-            "smt_results": _JSON,
-            "ambiguities": Column("text[]", nullable=False),
-        },
-    ),
-    _child(
-        RESOLUTIONS,
-        {
-            "hole_id": _TEXT,
-            "resolution_text": _TEXT,
-            "resolution_type": _one_of(ResolutionType),
-            "applied": Column("bool", nullable=False),
-            "applied_at": Column("timestamp"),
-        },
-    ),
-]
+        _child(
+            REVISIONS,
+            {
+                "content": _TEXT,
+                "revision_type": _one_of(RevisionType),
+                "target_hole": Column("text"),
+            },
+        ),
+        _child(
+            DRAFTS,
+            {
+                "version": Column("int", nullable=False),
+                "ir": _JSON,
+                "validation_status": _one_of(ValidationStatus),
+                "smt_results": _JSON,
+                "ambiguities": Column("text[]", nullable=False),
+            },
+        ),
+        _child(
+            RESOLUTIONS,
+            {
+                "hole_id": _TEXT,
+                "resolution_text": _TEXT,
+                "resolution_type": _one_of(ResolutionType),
+                "applied": Column("bool", nullable=False),
+                "applied_at": Column("timestamp"),
+            },
+        ),
+    ]
+
+
+SESSION_TABLES: list[TableSpec] = session_tables()
