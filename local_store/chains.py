@@ -146,6 +146,49 @@ def _ends(connection: sqlite3.Connection, position: int, key: Key) -> bool:
     return not ops or ops[-1].kind == "delete"
 
 
+def learn(connection: sqlite3.Connection, spec: TableSpec, row_id: str, columns: Row) -> None:
+    """Fill columns that a local row lacks, and the `before` of changes that are pending on them."""
+    key = (spec.name, row_id)
+    found = connection.execute("SELECT body FROM rows WHERE tbl = ? AND id = ?", key).fetchone()
+    if found is None:
+        return
+    own = (spec.key, spec.owner, spec.version)
+    body = orjson.loads(found[0])
+    unknown = {name: value for name, value in columns.items() if name not in own}
+    for position in sorted(_positions(connection, key)):
+        unknown = _learn_before(connection, position, key, unknown)
+    missing = {name: value for name, value in unknown.items() if name not in body}
+    if missing:
+        connection.execute(
+            "UPDATE rows SET body = ? WHERE tbl = ? AND id = ?",
+            (orjson.dumps({**missing, **body}).decode(), *key),
+        )
+
+
+def _learn_before(connection: sqlite3.Connection, position: int, key: Key, unknown: Row) -> Row:
+    """Fill in what a transaction replaced without knowing it; returns what is still unknown."""
+    ops = _ops(connection, position)
+    before = orjson.loads(
+        connection.execute("SELECT before FROM op_log WHERE position = ?", (position,)).fetchone()[
+            0
+        ]
+    )
+    left, changed = dict(unknown), False
+    for op, image in zip(ops, before, strict=True):
+        if (op.table, op.id) != key or image is None:
+            continue
+        for name in set(op.values) if op.kind == "update" else set(left):
+            if name in left and name not in image:
+                image[name], changed = left[name], True
+        left = {name: value for name, value in left.items() if name not in op.values}
+    if changed:
+        connection.execute(
+            "UPDATE op_log SET before = ? WHERE position = ?",
+            (orjson.dumps(before).decode(), position),
+        )
+    return left
+
+
 def rebuild(
     connection: sqlite3.Connection,
     tables: Mapping[str, TableSpec],

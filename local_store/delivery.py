@@ -112,10 +112,22 @@ class Delivery:
                 if change is None:
                     continue
                 rows.settle_versions(connection, outcome.versions, counter)
+                self._learn(connection, outcome)
                 for name, row in outcome.rows.items():
                     table, _, row_id = name.partition("/")
                     chains_.rebuild(connection, self._tables, (table, row_id), row, counter)
                 _count(connection, *change)
+
+    def _learn(self, connection: sqlite3.Connection, outcome: Outcome) -> None:
+        """Fill in columns that were left to the server: later merges must know their values."""
+        for name, row in outcome.learned.items():
+            table, _, row_id = name.partition("/")
+            spec = self._tables.get(table)
+            if spec is None or row is None:
+                continue
+            # A whole row tells of defaults only while it is at the version this one left.
+            if row.get(spec.version) in (None, outcome.versions.get(name)):
+                chains_.learn(connection, spec, row_id, row)
 
     def recheck(self, txn_ids: Iterable[str]) -> None:
         """Ask about these parked transactions in the next pass: something was decided."""

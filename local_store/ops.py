@@ -174,10 +174,11 @@ class Outcome:
     """What became of one transaction on the server, as the op log records it.
 
     `versions` maps `table/id` to the server's new version (None: the row is gone). `rows` are rows
-    as they stand there, for a transaction that came to nothing. `retry_after_s` delays the next
-    attempt of a held one, and the next question about a parked one. `reply` keeps the server's
-    evidence; None leaves what was kept before. `parked` says that the server has taken it over;
-    dead and conflict are recorded only then.
+    as they stand there, for a transaction that came to nothing. `learned` are columns that the
+    author left to the server's defaults, or whole rows as they stand there. `retry_after_s` delays
+    the next attempt of a held one, and the next question about a parked one. `reply` keeps the
+    server's evidence; None leaves what was kept before. `parked` says that the server has taken it
+    over; dead and conflict are recorded only then.
     """
 
     txn_id: str
@@ -186,6 +187,7 @@ class Outcome:
     reply: Mapping[str, Any] | None = None
     retry_after_s: float = 0.0
     rows: Mapping[str, Row | None] = field(default_factory=dict)
+    learned: Mapping[str, Row | None] = field(default_factory=dict)
     parked: bool = False
 
 

@@ -109,7 +109,8 @@ def apply_op(
         return Applied(body, touched, children)
     if spec.parent is not None and spec.parent[0] in op.values:
         _check_parent(connection, spec, spec.parent, op.values[spec.parent[0]], author)
-    before = {column: body.get(column) for column in op.values}
+    # A column that is missing here was left to the server's default: nobody here knows it yet.
+    before = {column: body[column] for column in op.values if column in body}
     parent_id = {**body, **op.values}.get(spec.parent[0]) if spec.parent else None
     connection.execute(
         "UPDATE rows SET body = ?, parent_id = ?, touched_at = ?, changed_at = ?,"

@@ -29,6 +29,7 @@
 drop function if exists sync.apply_transaction(uuid, jsonb, jsonb);  -- knew no floor before
 drop function if exists sync.known(jsonb);                           -- knew no log before
 drop function if exists sync.find_stale(jsonb);                      -- now sync.look
+drop function if exists sync.versions_of(jsonb);                     -- now sync.what_is_left
 
 -- Which rows of a transaction aren't where its author believed: {stale: [op, …], absent: index of
 -- the first op whose row isn't there, nor known to be deleted}. Runs as service_role, so that a
@@ -107,21 +108,28 @@ language sql immutable set search_path = '' as $$
   end
 $$;
 
--- The versions a transaction leaves behind: {key: version, or null when the row is gone}. Read at
--- the end, because triggers may have moved a row again after its own statement.
-create or replace function sync.versions_of(p_ops jsonb) returns jsonb
-language plpgsql set search_path = '' as $$
+-- What a transaction leaves behind: versions {key: version, or null when the row is gone}, and rows
+-- {key: the columns that an insert left to defaults}. Read at the end, because triggers may have
+-- moved a row again after its own statement.
+create or replace function sync.what_is_left(
+  p_ops jsonb, out p_versions jsonb, out p_rows jsonb
+) language plpgsql set search_path = '' as $$
 declare
   v_op jsonb;
   v_version text;
-  v_versions jsonb := '{}';
+  v_rest jsonb;
 begin
+  p_versions := '{}';
+  p_rows := '{}';
   for v_op in select o from jsonb_array_elements(p_ops) o loop
     v_version := null;
-    execute v_op ->> 'version_sql' into v_version using v_op ->> 'id';
-    v_versions := v_versions || jsonb_build_object(v_op ->> 'key', v_version);
+    v_rest := null;
+    execute v_op ->> 'left_sql' into v_version, v_rest using v_op ->> 'id';
+    p_versions := p_versions || jsonb_build_object(v_op ->> 'key', v_version);
+    if v_rest <> '{}' then
+      p_rows := p_rows || jsonb_build_object(v_op ->> 'key', v_rest);
+    end if;
   end loop;
-  return v_versions;
 end $$;
 
 -- The answer for rows that aren't at their base: the author's view of them, or a refusal that
@@ -370,6 +378,7 @@ declare
   v_strange jsonb;
   v_records jsonb := coalesce(p_transaction -> 'records', '[]');
   v_versions jsonb;
+  v_rows jsonb;
   v_state text;
   v_message text;
   v_verdict text;
@@ -435,7 +444,7 @@ begin
       end loop;
       set constraints all immediate;
       perform set_config('role', 'service_role', true);
-      v_versions := sync.versions_of(v_ops);
+      select w.p_versions, w.p_rows into v_versions, v_rows from sync.what_is_left(v_ops) w;
     end if;
   exception when others then
     -- The role went back with the savepoint; said again, because everything hangs on it.
@@ -468,11 +477,15 @@ begin
       sync.known(p_log_id, p_transaction, v_retry), sync.conflict_for(v_user, v_look -> 'stale'));
   end if;
 
+  -- A row that a person decided against its author: what the author built on it since didn't know
+  -- that, so it must not find a version here to go on from.
+  select v_versions || coalesce(jsonb_object_agg(k, null), '{}') into v_versions
+    from jsonb_array_elements_text(p_transaction -> 'decided') k;
   insert into sync.ledger (txn_id, log_id, seq, user_id, digest, verdict, versions)
     values (v_txn_id, p_log_id, v_seq, v_user, p_transaction ->> 'digest', 'applied', v_versions);
   perform sync.record_conflicts(p_log_id, p_transaction, v_records);
   perform sync.settle_around(v_user, v_ops, v_versions, v_began);
-  return jsonb_build_object('verdict', 'applied', 'versions', v_versions);
+  return jsonb_build_object('verdict', 'applied', 'versions', v_versions, 'rows', v_rows);
 end $$;
 
 -- A verdict with every field that a reply carries.
@@ -560,7 +573,9 @@ declare
   v_moved boolean;
   v_count bigint;
   v_version text;
+  v_rest jsonb;
   v_versions jsonb;
+  v_rows jsonb;
   v_applied jsonb := '{}';  -- since the last note
   v_done text[] := '{}';
 begin
@@ -578,6 +593,7 @@ begin
         perform set_config('sync.accepted_at', coalesce(v_transaction ->> 'accepted_at', ''), true);
         set constraints all deferred;
         v_versions := '{}';
+        v_rows := '{}';
         for v_op in select o from jsonb_array_elements(v_prepared[v_n]) o loop
           if v_op ? 'problem' then
             raise exception 'the long way';
@@ -604,13 +620,18 @@ begin
         set constraints all immediate;
         for v_op in select o from jsonb_array_elements(v_prepared[v_n]) o loop
           v_version := null;
-          execute v_op ->> 'version_sql' into v_version using v_op ->> 'id';
+          v_rest := null;
+          execute v_op ->> 'left_sql' into v_version, v_rest using v_op ->> 'id';
           if v_version is null then
             raise exception 'the long way';
           end if;
           v_versions := v_versions || jsonb_build_object(v_op ->> 'key', v_version);
+          if v_rest <> '{}' then
+            v_rows := v_rows || jsonb_build_object(v_op ->> 'key', v_rest);
+          end if;
         end loop;
-        v_verdict := jsonb_build_object('verdict', 'applied', 'versions', v_versions);
+        v_verdict := jsonb_build_object(
+          'verdict', 'applied', 'versions', v_versions, 'rows', v_rows);
         v_applied := v_applied || jsonb_build_object(v_transaction ->> 'txn_id', v_versions);
         v_done := v_done || (v_transaction ->> 'txn_id');
       exception when others then

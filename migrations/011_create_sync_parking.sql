@@ -352,16 +352,15 @@ end $$;
 -- Discard a parked transaction in favour of one with other ops, which is parked in its place;
 -- what waited for the old one waits for the new one.
 create or replace function sync.replace_parked(
-  p_parked sync.parked, p_txn_id uuid, p_digest text, p_ops jsonb, p_before jsonb
+  p_parked sync.parked, p_txn_id uuid, p_digest text, p_item jsonb
 ) returns sync.parked language plpgsql set search_path = '' as $$
 declare
   v_seq constant bigint := sync.next_people_seq();
   v_new sync.parked;
 begin
   perform sync.discard(p_parked, p_txn_id);
-  perform sync.park(sync.people(), p_parked.item || jsonb_build_object('txn_id', p_txn_id,
-      'seq', v_seq, 'digest', p_digest, 'replaces', p_parked.txn_id, 'ops', p_ops,
-      'before', p_before),
+  perform sync.park(sync.people(), p_item || jsonb_build_object('txn_id', p_txn_id,
+      'seq', v_seq, 'digest', p_digest, 'replaces', p_parked.txn_id),
     jsonb_build_object('state', 'dead', 'sqlstate', p_parked.sqlstate, 'op', p_parked.op,
       'message', 'edited; not tried yet'));
   update sync.parked w set changed_at = clock_timestamp(),
@@ -388,7 +387,7 @@ begin
     perform sync.protocol_error('an edit changes values; it can''t add or remove ops');
   end if;
   v_new := sync.replace_parked(v_parked, (p ->> 'new_txn_id')::uuid, p ->> 'digest',
-    p -> 'ops', v_parked.item -> 'before');
+    v_parked.item || jsonb_build_object('ops', p -> 'ops'));
   return jsonb_build_object('results', jsonb_build_array(sync.complete(
     v_new.item, '{"verdict": "parked", "state": "dead"}')));
 end $$;
@@ -429,7 +428,7 @@ begin
   return p_item || jsonb_build_object('ops', v_ops);
 end $$;
 
--- After `theirs`: waiting transactions that the record covers lose the columns too. One that the
+-- After `theirs` or an edited row: waiting transactions that the record covers lose the columns too. One that the
 -- person hasn't seen must not overwrite the decision unnoticed, so it is made to meet the row.
 create or replace function sync.follow_decision(
   p_parked sync.parked, p_record sync.conflicts
@@ -497,8 +496,10 @@ begin
       and c.user_id = v_named.user_id and c.outcome = 'manual' and c.resolved_at is null loop
     v_item := sync.decide(v_item, v_record, case when v_choice = 'theirs' then 'theirs'
       when v_record.theirs_version is null then 'theirs' else 'mine' end);
-    if v_choice = 'theirs' then
+    if v_choice <> 'mine' then
       perform sync.follow_decision(v_parked, v_record);
+      v_item := v_item || jsonb_build_object('decided', coalesce(v_item -> 'decided', '[]')
+        || to_jsonb(v_record.table_name || '/' || v_record.row_id));
     end if;
     v_decided := v_decided || v_record.id;
   end loop;
@@ -507,8 +508,8 @@ begin
         when o ->> 'table' = v_named.table_name and o ->> 'id' = v_named.row_id
           then o || jsonb_build_object('kind', 'update', 'values', p -> 'row') else o end order by n)
       from jsonb_array_elements(v_item -> 'ops') with ordinality x (o, n)));
-    v_parked := sync.replace_parked(v_parked, (p ->> 'new_txn_id')::uuid, p ->> 'digest',
-      v_item -> 'ops', v_item -> 'before');
+    v_parked := sync.replace_parked(
+      v_parked, (p ->> 'new_txn_id')::uuid, p ->> 'digest', v_item);
   else
     update sync.parked q set item = v_item where q.log_id = v_parked.log_id and q.seq = v_parked.seq;
   end if;

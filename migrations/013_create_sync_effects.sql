@@ -139,8 +139,15 @@ begin
     'key', v_key,
     'values', v_values,
     'parent', v_table.parent_name || '/' || (v_values ->> v_table.parent_column),
-    'version_sql', format('select to_json(t.%I) #>> ''{}'' from %s t where t.%I = $1::%s',
-      v_table.version_column, v_target, v_table.key_column, v_table.key_type),
+    -- The version, and of an inserted row what its author left to the table's defaults: without
+    -- it nobody could tell later whether somebody else changed one of these columns.
+    'left_sql', format('select to_json(t.%I) #>> ''{}'', %s from %s t where t.%I = $1::%s',
+      v_table.version_column,
+      case when p_op ->> 'kind' = 'insert' then format('to_jsonb(t) - %L::text[]',
+        v_columns || v_table.server_owned || array[
+          v_table.key_column, v_table.owner_column, v_table.version_column])
+        else 'null::jsonb' end,
+      v_target, v_table.key_column, v_table.key_type),
     -- Locks what lock_rows couldn't: nobody may come between this look and the effect.
     'stale_sql', format('select t.%I is distinct from $2::%s from %s t where t.%I = $1::%s'
       ' for no key update',
@@ -204,6 +211,7 @@ declare
   v_key text;
   v_base text;
   v_parked jsonb;
+  v_found boolean;
   v_seen text[] := '{}';
   v_prepared jsonb := '[]';
 begin
@@ -217,21 +225,22 @@ begin
     end if;
     v_base := v_op ->> 'base';
     v_parked := null;
+    v_found := null;
     if v_base = 'chained' and not v_key = any (v_seen) then
       v_base := p_chain ->> v_key;
       if v_base is null then
-        select l.versions ->> v_key into v_base from sync.ledger l
+        select l.versions ->> v_key, true into v_base, v_found from sync.ledger l
           where l.txn_id in (
             select a::uuid from jsonb_array_elements_text(p_transaction -> 'after') a)
             and l.user_id = v_user
-            and l.versions ->> v_key is not null
-          order by l.seq desc limit 1;
+            and l.versions ? v_key
+          order by l.versions ->> v_key is null, l.seq desc limit 1;
       end if;
       if v_base is null and v_op ->> 'kind' = 'delete' then
         v_parked := sync.parked_base(p_transaction -> 'after', v_user, v_key);
         v_base := v_parked ->> 'base';
       end if;
-      if v_base is null and v_parked is null and not p_chain ? v_key then
+      if v_base is null and v_parked is null and v_found is null and not p_chain ? v_key then
         perform sync.protocol_error('chained without a predecessor: ' || v_key);
       end if;
     elsif not v_op ? 'base' and v_op ->> 'kind' <> 'insert' then

@@ -98,7 +98,7 @@ def _names(chain: Sequence[Link]) -> list[str]:
 def _column(spec: TableSpec, name: str, chain: Sequence[Link], theirs: Row) -> Column:
     setting = [link for link in chain if name in link.op.values]
     before, final = setting[0].before, setting[-1].op.values[name]
-    first = ABSENT if before is None else before.get(name)
+    first = ABSENT if before is None else before.get(name, ABSENT)
     chosen = spec.policy.get(name, "merge") if isinstance(spec.policy, Mapping) else spec.policy
     column = Column(name, first, final, theirs.get(name), chosen)
     by_key = name in spec.json_merge and chosen != "manual"

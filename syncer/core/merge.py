@@ -203,7 +203,9 @@ def _delete_stands(
     changed = sorted(
         column
         for column in spec.columns
-        if spec.writable(column) and not same(spec, column, known.get(column), theirs.get(column))
+        if column in known
+        and spec.writable(column)
+        and not same(spec, column, known[column], theirs.get(column))
     )
     if not changed or chain[0].op.kind == "insert":
         return True
@@ -227,8 +229,8 @@ def net_values(links: Sequence[Link]) -> tuple[Row, Row]:
     final: Row = {}
     for link in links:
         for column, value in link.op.values.items():
-            if link.before is not None:
-                first.setdefault(column, link.before.get(column))
+            if column not in final and column in (link.before or {}):
+                first[column] = (link.before or {})[column]
             final[column] = value
     return first, final
 

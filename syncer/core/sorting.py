@@ -67,7 +67,7 @@ def sort_out(
     for transaction, verdict in zip(transactions, verdicts, strict=True):
         match verdict.kind:
             case "applied" | "duplicate":
-                outcome = Outcome(verdict.txn_id, "applied", verdict.versions)
+                outcome = Outcome(verdict.txn_id, "applied", verdict.versions, learned=verdict.rows)
                 _settle(found, transaction, verdict, outcome)
             case "parked":
                 _sort_parked(found, transaction, verdict, jitter(), limits)

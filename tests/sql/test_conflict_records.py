@@ -117,7 +117,9 @@ def test_a_decision_that_meets_another_third_value_needs_a_new_one(db, user):
 def waiting(db: Database, user: str, row_id: str, behind: Row, **values: object) -> Row:
     op = update("sessions", row_id, "chained", **values)
     transaction = db.transaction(user, op, after=[behind["txn_id"]])
-    [verdict] = park(db, held(transaction, behind["txn_id"], before=[{"status": "finalized"}]))
+    [verdict] = park(
+        db, held(transaction, behind["txn_id"], before=[{"status": "finalized", "metadata": {}}])
+    )
     assert verdict["verdict"] == "parked"
     return transaction
 
@@ -187,3 +189,15 @@ def test_a_retry_of_a_dead_letter_on_a_row_that_moved_merges_what_does_not_overl
     reply = db.call("sync_retry_v1", {"txn_ids": [transaction["txn_id"]]})
     assert results(reply) == [("applied", None)]
     assert row_of(db, row_id)["metadata"] == {"x": 1}
+
+
+@pytest.mark.parametrize("choice", ["mine", "theirs"])
+def test_a_change_that_arrives_after_the_decision_builds_on_it_only_if_it_was_for_its_author(
+    db, user, choice
+):
+    row_id, transaction = status_conflict(db, user)
+    op = update("sessions", row_id, "chained", status="active")
+    late = db.transaction(user, op, after=[transaction["txn_id"]])
+    resolve(db, conflict_of(db, transaction), choice)
+    [verdict] = db.send(late)
+    assert verdict["verdict"] == {"mine": "applied", "theirs": "conflict"}[choice]

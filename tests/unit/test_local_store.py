@@ -316,7 +316,8 @@ def test_the_log_keeps_what_each_change_replaced(store: LocalStore, tmp_path: Pa
     edit(store, row_id, text="two", done=True)
     remove(store, "notes", row_id)
     images = [orjson.loads(found) for (found,) in raw(tmp_path, "SELECT before FROM op_log")]
-    assert images[:2] == [[None], [{"text": "one", "done": None}]]
+    # `done` was left to the server's default, which isn't known here yet.
+    assert images[:2] == [[None], [{"text": "one"}]]
     assert images[2][0].items() >= {"text": "two", "number": 1, "done": True}.items()
 
 

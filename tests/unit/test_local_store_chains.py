@@ -180,3 +180,33 @@ def test_the_local_version_moves_with_the_content_only(store: LocalStore):
     own = {k: v for k, v in shown(store, row_id).items() if not k.startswith("_")}
     store.rebase(chains, [], {f"notes/{row_id}": {**own, "updated_at": "v9", "number": 7}})
     assert shown(store, row_id)["_version"] == before + 1
+
+
+def test_what_was_left_to_defaults_is_learned_for_the_row_and_for_pending_changes(
+    store: LocalStore,
+):
+    row_id = add(store, text="a")
+    write(store, Update("notes", row_id, {"number": 2, "text": "b"}))
+    write(store, Update("notes", row_id, {"number": 3, "status": "closed"}))
+    first = waiting(store)[0]
+    learned = {f"notes/{row_id}": {"number": 7, "status": "open", "score": 0.5}}
+    versions = {f"notes/{row_id}": "v1"}
+    store.record([Outcome(first.txn_id, "applied", versions, learned=learned)])
+    found = store.chains([("notes", row_id)], user_id=USER).transactions
+    assert [item.before for item in found] == [
+        ({"text": "a", "number": 7},),
+        ({"number": 2, "status": "open"},),
+    ]
+    row = shown(store, row_id)
+    assert (row["number"], row["status"], row["score"]) == (3, "closed", 0.5)
+
+
+def test_a_row_that_moved_since_tells_nothing_about_defaults(store: LocalStore):
+    row_id = add(store, text="a")
+    write(store, Update("notes", row_id, {"number": 2}))
+    first = waiting(store)[0]
+    learned = {f"notes/{row_id}": served(row_id, version="v2", number=9)}
+    versions = {f"notes/{row_id}": "v1"}
+    store.record([Outcome(first.txn_id, "applied", versions, learned=learned)])
+    [item] = store.chains([("notes", row_id)], user_id=USER).transactions
+    assert item.before == ({},)
