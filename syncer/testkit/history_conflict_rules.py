@@ -134,10 +134,46 @@ def _overwritten_by(
                 continue
             if recorded(facts, winner, loser, column):
                 continue
+            if _is_what_was_known(facts, spec, winner, txn, column, value):
+                continue  # set back to it: the merge finds no change on their side
+            if _may_have_come_between(facts, winner, loser, column):
+                continue
             if not _changed_nothing(facts, spec, loser, column):
                 text = f"{column}: {winner.name} overwrote {loser.name} without knowing it"
                 evidence = {"column": column, "lost": value, "kept": winner.values.get(column)}
                 yield Finding("unsurfaced_conflict", key_name(winner.key), text, evidence)
+
+
+def _is_what_was_known(
+    facts: Facts, spec: TableSpec, winner: Effect, txn: Transaction, column: str, value: object
+) -> bool:
+    """True when a value may be the one that the winner was made on."""
+    known = [
+        effect
+        for effect in facts.on(winner.key, "yes")
+        if column in effect.values and effect is not winner and _knew(facts, txn, effect)
+    ]
+    own = [effect for effect in known if not foreign(effect, txn)]  # known for certain
+    return any(
+        equals(spec, column, effect, value)
+        for among in (known, own)
+        for effect in among
+        if not any(facts.before(effect, other) for other in among if other is not effect)
+    )
+
+
+def _may_have_come_between(facts: Facts, winner: Effect, loser: Effect, column: str) -> bool:
+    """True when somebody else overwrote the loser, and may have done so before the winner came.
+
+    That one is judged for it; the winner then met another value, which is judged by itself.
+    """
+    return any(
+        effect not in (winner, loser)
+        and column in effect.values
+        and facts.before(loser, effect)
+        and not facts.before(winner, effect)
+        for effect in facts.on(winner.key, "yes", "maybe")
+    )
 
 
 def _changed_nothing(facts: Facts, spec: TableSpec, change: Effect, column: str) -> bool:

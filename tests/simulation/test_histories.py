@@ -180,6 +180,6 @@ def test_a_server_that_forgets_is_found_out(tmp_path: Path):
             world.step()
         world.end()
         for container in world.containers:
-            found += container.store.stats()["parked"] + container.store.stats()["pending"]
+            found += audit(world.server, container.store).total.lost
             container.store.close()
     assert found > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,10 @@ MORE = (
 step = st.tuples(st.sampled_from(STEPS + MORE), st.integers(0, 2), st.integers(0, 7))
 
 
-@settings(max_examples=60, deadline=None)
+EXAMPLES = int(os.environ.get("HISTORY_EXAMPLES", "60"))
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(st.lists(step, max_size=45))
 def test_random_correct_runs_have_nothing_to_report(steps: list[tuple[str, int, int]]):
     with tempfile.TemporaryDirectory() as folder, opened(Path(folder), 3) as world:
