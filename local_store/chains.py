@@ -56,6 +56,13 @@ def rebase(
         rebuild(connection, tables, key, None, counter)
     for name, row in rows.items():
         rebuild(connection, tables, _key(name), row, counter)
+        base = None if row is None else str(row[tables[_key(name)[0]].version])
+        # What is replayed after a restore goes by the bases it was applied on; left as they were,
+        # it would meet the same row again for ever.
+        connection.executemany(
+            "UPDATE op_log SET bases = json_patch(bases, ?) WHERE position = ? AND parked = 0",
+            [(orjson.dumps({name: base}).decode(), item.position) for item in chains.transactions],
+        )
     return bytes_more
 
 

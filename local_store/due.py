@@ -183,7 +183,7 @@ def _predecessors(
     tables: Mapping[str, TableSpec],
     position: int,
     ops: Sequence[WireOp],
-    stored: Sequence[str | None] | None,
+    stored: Mapping[str, str | None] | None,
 ) -> tuple[tuple[str | None, ...], tuple[bool, ...], tuple[str, ...]]:
     """Find what each op builds on: a server version, or an unsettled change that goes first.
 
@@ -193,7 +193,7 @@ def _predecessors(
     chained: list[bool] = []
     after: dict[str, None] = {}  # ordered and without doubles
     seen: set[tuple[str, str]] = set()
-    for index, op in enumerate(ops):
+    for op in ops:
         key = (op.table, op.id)
         earlier = _last_touch(connection, key, position)
         spec = tables.get(op.table)  # None: no longer registered, and still to be delivered
@@ -208,7 +208,8 @@ def _predecessors(
         if follows or op.kind == "insert":
             bases.append(None)
         else:
-            bases.append(_base(connection, key) if stored is None else stored[index])
+            name = f"{op.table}/{op.id}"
+            bases.append(_base(connection, key) if stored is None else stored.get(name))
         seen.add(key)
     return tuple(bases), tuple(chained), tuple(after)
 

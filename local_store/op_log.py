@@ -134,12 +134,13 @@ def _remember_bases(connection: sqlite3.Connection, position: int, ops: str) -> 
 
     Outcomes are recorded in order, so the row is still at the version its predecessor left.
     """
-    bases = []
+    bases: dict[str, str | None] = {}
     for op in decode_ops(ops):
         found = connection.execute(
             "SELECT base FROM rows WHERE tbl = ? AND id = ?", (op.table, op.id)
         ).fetchone()
-        bases.append(found[0] if found is not None and op.kind != "insert" else None)
+        known = found[0] if found is not None and op.kind != "insert" else None
+        bases.setdefault(f"{op.table}/{op.id}", known)
     connection.execute(
         "UPDATE op_log SET bases = coalesce(bases, ?) WHERE position = ?",
         (orjson.dumps(bases).decode(), position),

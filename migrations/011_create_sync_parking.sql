@@ -217,7 +217,7 @@ begin
   if v_verdict ->> 'verdict' in ('applied', 'duplicate') then
     delete from sync.parked p where p.log_id = p_log_id and p.seq = p_seq;
     for v_waiting in select p.log_id, p.seq from sync.parked p
-        where p.state <> 'superseded' and p.item -> 'after' ? v_parked.txn_id::text
+        where p.state in ('dead', 'held') and p.item -> 'after' ? v_parked.txn_id::text
         order by p.log_id, p.seq loop
       p_results := sync.retry_one(v_waiting.log_id, v_waiting.seq, p_results);
     end loop;
@@ -258,9 +258,15 @@ declare
 begin
   perform sync.guard();
   perform sync.lock_parked(v_txn_ids);
-  for v_one in select q.log_id, q.seq, q.txn_id from sync.parked q
+  for v_one in select q.* from sync.parked q
       where q.txn_id = any (v_txn_ids) order by q.log_id, q.seq loop
     continue when v_results @> jsonb_build_array(jsonb_build_object('txn_id', v_one.txn_id));
+    if v_one.state = 'conflict' then
+      -- It was rebased on the row it met: tried as it is, it would overwrite theirs undecided.
+      v_results := v_results || jsonb_build_array(sync.complete(v_one.item,
+        '{"verdict": "conflict", "message": "a person must decide its conflict first"}'));
+      continue;
+    end if;
     v_results := sync.retry_one(v_one.log_id, v_one.seq, v_results);
   end loop;
   perform sync.leave(v_claims);
@@ -275,6 +281,11 @@ begin
     values (p_parked.txn_id, p_parked.log_id, p_parked.seq, p_parked.user_id, p_parked.digest,
       'discarded', sync.row_keys(p_parked.item -> 'ops'), p_replaced_by);
   delete from sync.parked p where p.log_id = p_parked.log_id and p.seq = p_parked.seq;
+  -- Nobody is to decide about what doesn't exist any more.
+  update sync.conflicts c set resolved_at = clock_timestamp(),
+      resolution = case when p_replaced_by is null then 'discarded' else 'edited' end
+    where c.txn_id = p_parked.txn_id and c.user_id = p_parked.user_id and c.outcome = 'manual'
+      and c.resolved_at is null;
 end $$;
 
 -- The open parked copy under a txn_id; an error says why there is none to work on.
@@ -336,8 +347,6 @@ begin
     v_parked := sync.open_parked(v_txn_id);
     perform sync.unlink(v_parked);
     perform sync.discard(v_parked, null);
-    update sync.conflicts c set resolution = 'discarded', resolved_at = clock_timestamp()
-      where c.txn_id = v_txn_id and c.outcome = 'manual' and c.resolved_at is null;
     v_results := v_results || jsonb_build_array(sync.complete(
       v_parked.item, '{"verdict": "parked", "state": "discarded"}'));
     for v_waiting in select w.log_id, w.seq from sync.parked w
@@ -394,14 +403,29 @@ end $$;
 
 -- What a person's `theirs` leaves of an op: nothing but the columns that weren't in conflict. It stays
 -- an op on the row, so that the transaction's versions tell what it is at.
+-- Of a column that was merged by key, only the disputed keys become theirs.
 create or replace function sync.without_columns(
-  p_op jsonb, p_columns text[], p_version jsonb
-) returns jsonb language sql immutable set search_path = '' as $$
-  select p_op || jsonb_build_object('kind', 'update', 'base', p_version, 'values', case
-    when p_op ->> 'kind' <> 'update' then '{}'::jsonb
-    else (p_op -> 'values') - (select coalesce(array_agg(split_part(c, '.', 1)), '{}')
-      from unnest(p_columns) c) end)
-$$;
+  p_op jsonb, p_columns text[], p_theirs jsonb, p_version jsonb
+) returns jsonb language plpgsql immutable set search_path = '' as $$
+declare
+  v_values jsonb := case when p_op ->> 'kind' = 'update' then p_op -> 'values' else '{}' end;
+  v_name text;
+  v_column text;
+  v_key text;
+begin
+  foreach v_name in array p_columns loop
+    v_column := split_part(v_name, '.', 1);
+    v_key := substr(v_name, length(v_column) + 2);
+    if v_key = '' or jsonb_typeof(v_values -> v_column) is distinct from 'object' then
+      v_values := v_values - v_column;
+    else
+      v_values := jsonb_set(v_values, array[v_column], case when p_theirs ? v_name
+        then (v_values -> v_column) || jsonb_build_object(v_key, p_theirs -> v_name)
+        else (v_values -> v_column) - v_key end);
+    end if;
+  end loop;
+  return p_op || jsonb_build_object('kind', 'update', 'base', p_version, 'values', v_values);
+end $$;
 
 -- Decide one record of a parked transaction; returns the item as it goes on.
 create or replace function sync.decide(
@@ -418,7 +442,8 @@ begin
       elsif p_choice = 'mine' then  -- there is a row: mine goes over it
         v_op := v_op || jsonb_build_object('kind', 'update', 'base', p_record.theirs_version);
       elsif p_record.theirs_version is not null then
-        v_op := sync.without_columns(v_op, p_record.columns, to_jsonb(p_record.theirs_version));
+        v_op := sync.without_columns(
+          v_op, p_record.columns, p_record.theirs, to_jsonb(p_record.theirs_version));
       else
         continue;  -- their row is gone, and so is this op
       end if;
@@ -452,7 +477,7 @@ begin
           and v_op -> 'values' ?| array(select split_part(c, '.', 1) from unnest(p_record.columns) c)
       then
         v_op := case when v_waiting.seq <= v_through
-          then sync.without_columns(v_op, p_record.columns, v_op -> 'base')
+          then sync.without_columns(v_op, p_record.columns, p_record.theirs, v_op -> 'base')
           else v_op || '{"base": null}' end;
       end if;
       v_ops := v_ops || jsonb_build_array(v_op);

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -209,13 +209,20 @@ class Flusher:
             transactions, verdicts, self._clock.now(), self._jitter, self._limits.sorting
         )
         self._store.record(found.outcomes)
+        freed = {outcome.txn_id for outcome in found.outcomes}
         for transaction, rows in found.met:
-            self._meet(transaction, rows)
+            # Rows that come with something final needn't have been changed by anybody else.
+            self._meet(transaction, rows, () if transaction.txn_id in freed else rows)
         if found.forked:
             self._store.start_new_log(found.forked)
         return found
 
-    def _meet(self, transaction: PendingTransaction, rows: Mapping[str, Row | None]) -> None:
+    def _meet(
+        self,
+        transaction: PendingTransaction,
+        rows: Mapping[str, Row | None],
+        moved: Collection[str],
+    ) -> None:
         """Merge all that is pending on some rows with what stands there, in one local transaction.
 
         What a policy leaves to a person is marked in the same transaction: sent as it is, it would
@@ -225,7 +232,7 @@ class Flusher:
         keys += [(op.table, op.id) for op in transaction.ops]
         while True:
             chains = self._store.chains(keys, user_id=transaction.user_id)
-            merged = merge(self._store.tables, chains.transactions, rows)
+            merged = merge(self._store.tables, chains.transactions, rows, moved=moved)
             rewritten, gone = rewritten_for(self._store.tables, chains, merged, rows)
             if self._store.rebase(chains, rewritten, {**gone, **rows}):
                 return  # else a write came between: merge with that one too

@@ -1,32 +1,34 @@
-"""The three-way merge of a row's pending chain with the row that somebody else made of it.
+"""The three-way merge of pending chains with the rows that somebody else changed meanwhile.
 
-Per column three values count: what stood there before the chain, what the chain makes of it in the
-end, and theirs. What only one side changed is taken from that side, without a word. What both
-changed to different values is a conflict: its policy decides, and a record keeps both sides.
-
-All pending changes of the row are judged together, by their net effect: five edits of a field are
-one change, a change taken back is none. The rewritten transactions keep their order and ids; the
-first of them is then based on their row, the later ones on their predecessors.
+Per row, over all that is pending on it: what only one side changed is taken from that side without
+a word. What both changed to different values goes to its policy, and a record keeps both sides.
+`net_effect` compares, `row_merge` goes along one row's chain, `conflict_records` keeps the records
+few; here the rows' results are put together per transaction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from local_store.ops import Rewritten, Row, StoredTransaction, TableSpec, WireOp
-from syncer.core.columns import Link, merge_columns
-from syncer.core.values import same
+from syncer.core.conflict_records import Part, record_of, take_over
+from syncer.core.json_merge import ABSENT, same
+from syncer.core.meeting import Meeting
+from syncer.core.net_effect import Step
+from syncer.core.row_merge import merge_row
 
-Key = tuple[str, str]
+Place = tuple[int, int]
+"""Where an op stands: its transaction, and its index there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What a merge asks for: transactions to rewrite, and those a person must decide.
+    """What a merge asks for.
 
-    `manual` maps txn_id to the records of what a person must decide; such a transaction may be in
-    `rewritten` too, its columns in conflict still as its author wrote them.
+    `rewritten` are the transactions that changed. `manual` maps the txn_id of those that a person
+    must decide to their records; the caller parks them. One may be in both: its columns in conflict
+    are as its author wrote them, and what nobody disputes is merged.
     """
 
     rewritten: tuple[Rewritten, ...] = ()
@@ -37,217 +39,182 @@ def merge(
     tables: Mapping[str, TableSpec],
     transactions: Sequence[StoredTransaction],
     theirs: Mapping[str, Row | None],
+    *,
+    moved: Collection[str] | None = None,
 ) -> Merged:
-    """Merge all that is pending on some rows with what stands there (None: deleted there).
+    """Merge the pending chains of some rows with `theirs`: "table/id" to row, None: deleted there.
 
-    Transactions that are parked, or already wait for a person, are left alone.
+    `transactions` are in order and complete for these rows. Parked ones, and those whose records
+    leave them to a person, stay untouched, and so does what follows them on a row. `moved` are the
+    rows that somebody else changed for certain (default: all of `theirs`); it matters only to
+    tables whose policy is "manual" as a whole. Policies that are callables are asked; the rest is a
+    function of the arguments, and merging its result with the same `theirs` changes nothing.
     """
-    work = Work(tables, transactions)
-    for name, row in theirs.items():
-        table, _, row_id = name.partition("/")
-        if table in tables:
-            _merge_row(work, (table, row_id), row)
-            if row is None:
-                _lose_children(work, (table, row_id))
-    return work.merged()
+    merging = _Merging(tables, transactions, theirs)
+    for key in merging.met():
+        merging.settle(key, moved is None or key in moved)
+    return merging.merged()
 
 
-def waits_for_person(transaction: StoredTransaction) -> bool:
-    """Tell whether an earlier merge left this transaction to a person."""
-    return any(record["outcome"] == "manual" for record in transaction.records)
-
-
-class Work:
+class _Merging:
     """The transactions while they are rewritten: each op in its slot, None once it vanished."""
 
     def __init__(
-        self, tables: Mapping[str, TableSpec], transactions: Sequence[StoredTransaction]
+        self,
+        tables: Mapping[str, TableSpec],
+        transactions: Sequence[StoredTransaction],
+        theirs: Mapping[str, Row | None],
     ) -> None:
-        self.tables = tables
-        self._all = transactions
-        self.slots: dict[str, list[Link | None]] = {
-            item.txn_id: [
-                Link(item.txn_id, index, op, before)
-                for index, (op, before) in enumerate(zip(item.ops, item.before, strict=True))
-            ]
-            for item in transactions
-        }
-        self._records = {item.txn_id: list(item.records) for item in transactions}
-        self._manual: dict[str, list[Row]] = {}
+        self._tables, self._all, self._theirs = tables, transactions, theirs
+        self._txn_ids = [item.txn_id for item in transactions]
+        self._ops: list[list[WireOp | None]] = [list(item.ops) for item in transactions]
+        self._before = [list(item.before) for item in transactions]
+        self._records = [list(item.records) for item in transactions]
+        self._manual: dict[str, tuple[Row, ...]] = {}
+        self._waits = [item.parked or _left_to_person(item) for item in transactions]
+        self._chains: dict[str, list[Place]] = {}
+        for txn, item in enumerate(transactions):
+            for index, op in enumerate(item.ops):
+                self._chains.setdefault(f"{op.table}/{op.id}", []).append((txn, index))
 
-    def chain(self, key: Key) -> list[Link]:
-        """Return the ops on a row, in order, up to what the server or a person decides about."""
-        found: list[Link] = []
-        for item in self._all:
-            links = [
-                link
-                for link in self.slots[item.txn_id]
-                if link is not None and (link.op.table, link.op.id) == key
-            ]
-            if links and (item.parked or waits_for_person(item)):
-                break
-            found += links
-        return found
-
-    def inserts_under(self, parent: Key) -> list[Link]:
-        """Return the inserts of children under a row, but those that are left alone."""
+    def met(self) -> list[str]:
+        """Return the rows to merge: those given, and children whose parent is gone."""
         return [
-            link
-            for item in self._all
-            if not item.parked and not waits_for_person(item)
-            for link in self.slots[item.txn_id]
-            if link is not None and link.op.kind == "insert" and self._parent(link.op) == parent
+            key
+            for key, places in self._chains.items()
+            if self._all[places[0][0]].ops[places[0][1]].table in self._tables
+            and (key in self._theirs or any(self._is_orphan(place) for place in places))
         ]
 
-    def _parent(self, op: WireOp) -> Key | None:
-        spec = self.tables.get(op.table)
-        if spec is None or spec.parent is None:
-            return None
-        return spec.parent[1], op.values.get(spec.parent[0]) or ""
-
-    def put(self, link: Link, op: WireOp | None, before: Row | None = None) -> None:
-        """Write an op back into its slot; None lets it vanish."""
-        made = None if op is None else replace(link, op=op, before=before)
-        self.slots[link.txn_id][link.index] = made
-
-    def record(self, link: Link, record: Row) -> None:
-        """Attach a record to a transaction; a newer one takes the place of an older on its row.
-
-        The older one's base stays: it is what the author knew when the change was made.
-        """
-        if record["outcome"] == "manual":
-            self._manual.setdefault(link.txn_id, []).append(record)
-            return
-        records = self._records[link.txn_id]
-        for index, old in enumerate(records):
-            if all(old[name] == record[name] for name in ("table", "id", "outcome")):
-                record = {
-                    **record,
-                    "columns": sorted({*old["columns"], *record["columns"]}),
-                    "base": {**record["base"], **old["base"]},
-                    "mine": {**old["mine"], **record["mine"]},
-                    "theirs": {**(old["theirs"] or {}), **(record["theirs"] or {})},
-                }
-                records[index] = record
-                return
-        records.append(record)
+    def settle(self, key: str, moved: bool) -> None:
+        """Merge one row and write the result into the slots."""
+        table, _, row_id = key.partition("/")
+        meeting = Meeting(
+            tables=self._tables,
+            table=table,
+            id=row_id,
+            steps=self._steps(key),
+            theirs=self._theirs.get(key, ABSENT),
+            moved=moved,
+            orphan=lambda step: self._is_orphan((step.txn, step.op)),
+            siblings=self._siblings,
+        )
+        plan = merge_row(meeting)
+        for (txn, index), written in plan.written.items():
+            op = self._ops[txn][index]
+            if written is None or op is None:
+                self._ops[txn][index] = None
+                continue
+            self._ops[txn][index] = replace(op, kind=written.kind, values=written.values)
+            self._before[txn][index] = written.before
+        for place, values in plan.edits.items():
+            self._edit(place, values)
+        for part in plan.parts.values():
+            self._keep_record(table, row_id, part)
+        if plan.manual is not None:
+            self._leave_to_person(table, row_id, plan.manual)
 
     def merged(self) -> Merged:
         """Return what changed."""
         rewritten = []
-        for item in self._all:
-            kept = [link for link in self.slots[item.txn_id] if link is not None]
+        for txn, item in enumerate(self._all):
+            kept = [
+                (op, before)
+                for op, before in zip(self._ops[txn], self._before[txn], strict=True)
+                if op is not None
+            ]
             new = Rewritten(
                 item.txn_id,
-                tuple(link.op for link in kept),
-                tuple(link.before for link in kept),
-                tuple(self._records[item.txn_id]),
+                tuple(op for op, _ in kept),
+                tuple(before for _, before in kept),
+                tuple(self._records[txn]),
             )
-            if (new.ops, new.before, new.records) != (item.ops, item.before, item.records):
+            if not _is_unchanged(item, new):
                 rewritten.append(new)
-        manual = {txn_id: tuple(records) for txn_id, records in self._manual.items()}
-        return Merged(tuple(rewritten), manual)
+        return Merged(tuple(rewritten), self._manual)
 
+    def _steps(self, key: str) -> list[Step]:
+        """Return a row's chain up to what is left alone."""
+        steps = []
+        for txn, index in self._chains[key]:
+            if self._waits[txn]:
+                break
+            op = self._ops[txn][index]
+            if op is not None:
+                before = self._before[txn][index] or {}
+                steps.append(Step(txn, index, op.kind, op.values, before))
+        return steps
 
-def _merge_row(work: Work, key: Key, theirs: Row | None) -> None:
-    spec, chain = work.tables[key[0]], work.chain(key)
-    if not chain:
-        return
-    if theirs is None:
-        _row_is_gone(work, spec, chain)
-        return
-    end = next((n for n, link in enumerate(chain) if link.op.kind == "delete"), len(chain))
-    changes = chain[:end]
-    if end < len(chain) and not _delete_stands(work, spec, chain, end, theirs):
-        return  # the row goes, or a person decides whether it does
-    if changes:
-        merge_columns(work, spec, changes, theirs)
+    def _siblings(self, txn: int) -> tuple[WireOp, ...]:
+        """Return a transaction's ops as they are; one that vanished as it was: it still tells."""
+        return tuple(
+            now or was for now, was in zip(self._ops[txn], self._all[txn].ops, strict=True)
+        )
 
-
-def _row_is_gone(work: Work, spec: TableSpec, chain: Sequence[Link]) -> None:
-    """Their delete meets my changes: the row stays gone, unless I insert it again."""
-    again = next((n for n, link in enumerate(chain) if link.op.kind == "insert"), len(chain))
-    lost = chain[:again]
-    updates = [link for link in lost if link.op.kind == "update"]
-    if updates and len(updates) == len(lost):  # a delete of my own makes it no conflict
-        first, final = net_values(updates)
-        manual = spec.policy == "manual"
-        record = record_of(spec, updates, sorted(final), "manual" if manual else "deleted")
-        work.record(updates[0], {**record, "base": first, "mine": final, "theirs": None})
-        if manual:
+    def _edit(self, place: Place, values: Row) -> None:
+        """Give an op other values, and let what follows on its row know what it replaces."""
+        txn, index = place
+        op = self._ops[txn][index]
+        if op is None:
             return
-    for link in lost:
-        work.put(link, None)
+        news = {name: new for name, new in values.items() if not same(op.values.get(name), new)}
+        self._ops[txn][index] = replace(op, values=values)
+        chain = self._chains[f"{op.table}/{op.id}"]
+        for at, slot in chain[chain.index(place) + 1 :]:
+            later, before = self._ops[at][slot], self._before[at][slot]
+            if later is None:
+                continue
+            if before is None or self._waits[at]:
+                return
+            told = news if later.kind == "delete" else {n: news[n] for n in news if n in before}
+            self._before[at][slot] = {**before, **told}
+            news = {name: new for name, new in news.items() if name not in told}
+
+    def _keep_record(self, table: str, row_id: str, part: Part) -> None:
+        record = record_of(table, row_id, part, self._txn_ids)
+        at = take_over(self._held(), record, part.txn, self._txn_ids)
+        self._records[at].append(record)
+
+    def _held(self) -> list[list[Row] | None]:
+        return [
+            None if waits else records
+            for waits, records in zip(self._waits, self._records, strict=True)
+        ]
+
+    def _leave_to_person(self, table: str, row_id: str, part: Part) -> None:
+        record = record_of(table, row_id, part, self._txn_ids)
+        # What precedes is sent as it was merged, so its records stay.
+        held = [None] * part.txn + self._held()[part.txn :]
+        take_over(held, record, part.txn, self._txn_ids)
+        txn_id = self._txn_ids[part.txn]
+        self._manual[txn_id] = (*self._manual.get(txn_id, ()), record)
+
+    def _is_orphan(self, place: Place) -> bool:
+        """Tell whether an op puts its row under a parent that is gone."""
+        op = self._all[place[0]].ops[place[1]]
+        spec = self._tables.get(op.table)
+        if spec is None or spec.parent is None or op.values.get(spec.parent[0]) is None:
+            return False
+        return self._is_gone(f"{spec.parent[1]}/{op.values[spec.parent[0]]}", place)
+
+    def _is_gone(self, key: str, place: Place) -> bool:
+        """Tell whether a row isn't there when an op's turn comes: deleted, or never made."""
+        made = [
+            at
+            for at in self._chains.get(key, ())
+            if at < place and self._all[at[0]].ops[at[1]].kind == "insert"
+        ]
+        if made:
+            return self._is_orphan(made[-1])
+        return key in self._theirs and self._theirs[key] is None
 
 
-def _lose_children(work: Work, parent: Key) -> None:
-    """Children that I added under a row which they deleted."""
-    for link in work.inserts_under(parent):
-        spec, key = work.tables[link.op.table], (link.op.table, link.op.id)
-        chain = work.chain(key)
-        manual = spec.policy == "manual"
-        _, final = net_values([item for item in chain if item.op.kind != "delete"])
-        record = record_of(spec, chain, sorted(final), "manual" if manual else "deleted")
-        work.record(link, {**record, "base": {}, "mine": final, "theirs": None})
-        for item in () if manual else chain:
-            work.put(item, None)
+def _left_to_person(transaction: StoredTransaction) -> bool:
+    return any(record["outcome"] == "manual" for record in transaction.records)
 
 
-def _delete_stands(
-    work: Work, spec: TableSpec, chain: Sequence[Link], end: int, theirs: Row
-) -> bool:
-    """Decide my delete against their change; False when the changes before it needn't be merged."""
-    delete = chain[end]
-    first, _ = net_values(chain[:end])
-    known = {**(delete.before or {}), **first}
-    changed = sorted(
-        column
-        for column in spec.columns
-        if column in known
-        and spec.writable(column)
-        and not same(spec, column, known[column], theirs.get(column))
-    )
-    if not changed or chain[0].op.kind == "insert":
-        return True
-    outcome = {"keep_remote": "remote", "delete": "deleted", "manual": "manual"}[spec.on_delete]
-    record = record_of(spec, [delete], changed, outcome, policy=spec.on_delete)
-    base, there = ({c: row.get(c) for c in changed} for row in (known, theirs))
-    work.record(delete, {**record, "base": base, "mine": {}, "theirs": there})
-    if spec.on_delete != "keep_remote":
-        return False
-    work.put(delete, None)
-    if end + 1 < len(chain):  # inserted again after a delete that didn't happen: nobody can tell
-        again = chain[end + 1]
-        told = record_of(spec, chain[end + 1 :], sorted(again.op.values), "manual")
-        work.record(again, {**told, "base": {}, "mine": again.op.values, "theirs": theirs})
-    return True
-
-
-def net_values(links: Sequence[Link]) -> tuple[Row, Row]:
-    """Return what stood in each column before a chain, and what it makes of it in the end."""
-    first: Row = {}
-    final: Row = {}
-    for link in links:
-        for column, value in link.op.values.items():
-            if column not in final and column in (link.before or {}):
-                first[column] = (link.before or {})[column]
-            final[column] = value
-    return first, final
-
-
-def record_of(
-    spec: TableSpec,
-    links: Sequence[Link],
-    columns: Sequence[str],
-    outcome: str,
-    policy: str | None = None,
-) -> Row:
-    """Return a conflict record without its values."""
-    return {
-        "table": spec.name,
-        "id": links[0].op.id,
-        "columns": list(columns),
-        "policy": policy or (spec.policy if isinstance(spec.policy, str) else "merge"),
-        "outcome": outcome,
-        "through": links[-1].txn_id,
-    }
+def _is_unchanged(old: StoredTransaction, new: Rewritten) -> bool:
+    """Compare exactly: 1 and 1.0, or 1 and true, are different on their way to the server."""
+    were = [[op.to_json() for op in old.ops], list(old.before), list(old.records)]
+    are = [[op.to_json() for op in new.ops], list(new.before), list(new.records)]
+    return same(were, are, exact=True)

@@ -36,7 +36,7 @@ def session_rules(fill: Fill, drafts: str, resolutions: str) -> Rules:
         return _on_their_draft(conflict, fill, drafts, resolutions)
 
     return {
-        "status": REMOTE,
+        "status": their_end,
         "source": REMOTE,
         "finalized_at": silently_theirs,
         "current_draft_id": current_draft,
@@ -50,6 +50,19 @@ def child_rules(columns: Mapping[str, Any]) -> Rules:
     rules: Rules = dict.fromkeys(columns, LOCAL)
     rules |= {"applied_at": silently_theirs, "client": silently_by_key}
     return rules
+
+
+def their_end(conflict: RowConflict) -> Resolution:
+    """Let the first end that reached the server stand, the stamp that goes with it included.
+
+    Mine alone would otherwise put a moment of finalizing on a session that they abandoned.
+    """
+    for index, op in enumerate(conflict.siblings):
+        is_mine = (op.table, op.id, op.kind) == (conflict.table, conflict.id, "update")
+        if is_mine and "finalized_at" in op.values:
+            stamp = {"finalized_at": conflict.theirs.get("finalized_at")}
+            return Resolution({}, siblings={index: stamp})
+    return Resolution({})
 
 
 def silently_theirs(conflict: RowConflict) -> Resolution:

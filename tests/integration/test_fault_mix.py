@@ -1,4 +1,4 @@
-"""The first drill: 2,000 transactions of several users through a 30 % fault mix, two containers.
+"""The first drill: 10,000 transactions of several users through a 30 % fault mix, two containers.
 
 The history checker decides. The mix is a function of its seed and the number of the request, so the
 printed seed replays it: FAULT_SEED=… pytest tests/integration/test_fault_mix.py
@@ -34,7 +34,7 @@ from syncer.testkit.history import (
 )
 
 SEED = int(os.environ.get("FAULT_SEED", "20261123"))
-TRANSACTIONS = int(os.environ.get("FAULT_TRANSACTIONS", "2000"))
+TRANSACTIONS = int(os.environ.get("FAULT_TRANSACTIONS", "10000"))
 RATE = 0.3
 USERS = [f"github:{number}" for number in range(5)]
 RPC = "/rpc/sync_apply_batch"

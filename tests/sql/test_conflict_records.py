@@ -201,3 +201,17 @@ def test_a_change_that_arrives_after_the_decision_builds_on_it_only_if_it_was_fo
     resolve(db, conflict_of(db, transaction), choice)
     [verdict] = db.send(late)
     assert verdict["verdict"] == {"mine": "applied", "theirs": "conflict"}[choice]
+
+
+def test_theirs_takes_the_disputed_keys_only(db, user):
+    row_id, transaction = in_conflict(
+        db, user, mine={"metadata": {"x": "mine", "y": "mine"}},
+        theirs="""metadata = '{"x": "theirs"}'""",
+    )  # fmt: skip
+    record = conflict_of(db, transaction)
+    db.query(
+        "update sync.conflicts set columns = %s, theirs = %s::jsonb where id = %s",
+        ["metadata.x", "metadata.z"], '{"metadata.x": "theirs"}', record["id"],
+    )  # fmt: skip
+    assert results(resolve(db, record, "theirs")) == [("applied", None)]
+    assert row_of(db, row_id)["metadata"] == {"x": "theirs", "y": "mine"}

@@ -1,0 +1,158 @@
+"""An outage of a day, compressed: 100,000 transactions queue up, then drain while writes go on.
+
+Prints what DESIGN asks of it: probes in the outage, acknowledgements before, in and after, the lag
+over time, memory. Real Postgres, PostgREST and supabase-py; the proxy refuses during the outage.
+
+    python -m benchmarks.drain [--transactions 100000] [--users 200]
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import threading
+from pathlib import Path
+
+from local_store import Insert, LocalStore
+from local_store.clock import SystemClock, new_id
+from syncer.audit import audit
+from syncer.flusher import Flusher
+from syncer.remote import SupabaseRemote
+from syncer.service.scheduler import FlushScheduler
+from syncer.sessions.tables import SESSION_TABLES
+from syncer.testkit.fault_proxy import FaultProxy
+from syncer.testkit.faults import Refuse
+from syncer.testkit.local_supabase import LocalSupabase
+
+CLOCK = SystemClock()
+INTERVAL_S = 1.0
+WRITES_PER_S = 50  # what the application goes on writing during the drain
+
+
+def main() -> None:
+    """Play the outage and print its figures."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--transactions", type=int, default=100_000)
+    parser.add_argument("--users", type=int, default=200)
+    given = parser.parse_args()
+    with (
+        LocalSupabase.start() as stack,
+        tempfile.TemporaryDirectory(prefix="syncer-drain-") as folder,
+    ):
+        host, port = stack.url.removeprefix("http://").split(":")
+        with FaultProxy.start(host, int(port)) as proxy:
+            play(stack, proxy, Path(folder), given.transactions, given.users)
+
+
+def play(
+    stack: LocalSupabase, proxy: FaultProxy, folder: Path, transactions: int, users: int
+) -> None:
+    """Queue while Supabase is away, then let it come back."""
+    remote = SupabaseRemote(proxy.url, stack.secret_key)
+    with LocalStore.open(folder, tables=SESSION_TABLES) as store:
+        writer = Writer(store, users)
+        idle = writer.measure(300)
+        store_drained(store, remote)
+        proxy.set(Refuse())
+        scheduler = FlushScheduler(store, Flusher(store, remote), interval_s=INTERVAL_S)
+        scheduler.start()
+        began, before = CLOCK.monotonic(), len(proxy.log)
+        outage = writer.measure(transactions)
+        lasted_s = CLOCK.monotonic() - began
+        probes = len(proxy.log) - before
+        print(f"queued {transactions} in {lasted_s:.0f} s: acknowledged p50/p99 {ms(outage)}")
+        print(f"probes in the outage: {probes} ({lasted_s:.0f} s, breaker interval 5 s)")
+        queued_mb = rss_mb()
+        proxy.clear()
+        began = CLOCK.monotonic()
+        lags, drained = watch(store, writer, began)
+        took_s = CLOCK.monotonic() - began
+        scheduler.stop()
+        print(f"drained in {took_s:.0f} s: {transactions / took_s:.0f} transactions/s")
+        print(f"acknowledged during the drain p50/p99 {ms(drained)}; idle {ms(idle)}")
+        print("pending over time:", " ".join(map(str, lags)))
+        print(f"memory (RSS max): {queued_mb:.0f} MB queued, {rss_mb():.0f} MB after the drain")
+        report = audit(remote, store)
+        print("audit:", "balanced" if report.balanced else report.to_json())
+    remote.close()
+
+
+def store_drained(store: LocalStore, remote: SupabaseRemote) -> None:
+    """Deliver what is there."""
+    flusher = Flusher(store, remote)
+    while flusher.flush_once().stopped != "empty":
+        pass
+
+
+def watch(store: LocalStore, writer: Writer, began: float) -> tuple[list[int], list[float]]:
+    """Write on while the queue drains; returns the lag each two seconds and the latencies."""
+    lags: list[int] = []
+    latencies: list[float] = []
+    done = threading.Event()
+
+    def write_on() -> None:
+        while not done.wait(1 / WRITES_PER_S):
+            latencies.append(writer.write())
+
+    thread = threading.Thread(target=write_on)
+    thread.start()
+    while (pending := store.stats()["pending"]) > WRITES_PER_S:
+        lags.append(pending)
+        CLOCK.sleep(2.0)
+        if CLOCK.monotonic() - began > 900:
+            break
+    done.set()
+    thread.join()
+    return lags, latencies
+
+
+class Writer:
+    """Writes sessions and revisions of many users."""
+
+    def __init__(self, store: LocalStore, users: int) -> None:
+        self._store = store
+        self._users = [f"github:{number}" for number in range(users)]
+        self._sessions: dict[str, str] = {}
+        self._count = 0
+
+    def write(self) -> float:
+        """Make one write; returns its seconds."""
+        self._count += 1
+        user = self._users[self._count % len(self._users)]
+        session = self._sessions.get(user)
+        if session is None or self._count % 50 == 0:
+            session = self._sessions[user] = new_id()
+            op = Insert("sessions", {"id": session, "metadata": {"n": self._count}})
+        else:
+            op = Insert(
+                "session_revisions",
+                {
+                    "session_id": session,
+                    "content": f"{self._count} " + "x" * 800,
+                    "revision_type": "manual_edit",
+                },
+            )
+        began = CLOCK.monotonic()
+        self._store.write([op], user_id=user)
+        return CLOCK.monotonic() - began
+
+    def measure(self, count: int) -> list[float]:
+        """Return the seconds of `count` writes."""
+        return [self.write() for _ in range(count)]
+
+
+def ms(seconds: list[float]) -> str:
+    """Return p50 and p99 in milliseconds."""
+    ordered = sorted(seconds)
+    p50, p99 = ordered[len(ordered) // 2], ordered[int(len(ordered) * 0.99)]
+    return f"{p50 * 1000:.2f}/{p99 * 1000:.2f} ms"
+
+
+def rss_mb() -> float:
+    """Return the largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
