@@ -17,12 +17,11 @@ import postgrest
 from supabase import Client, create_client
 from supabase.lib.client_options import SyncClientOptions
 
+from local_store.clock import SystemClock
 from local_store.ops import Row
-from syncer.core.failures import FailedReply, error_for
+from syncer.core.failures import FailedReply, error_for, error_for_exception, retry_after_s
 from syncer.errors import (
     Declined,
-    NotAuthorized,
-    RemoteUnavailable,
     ReplyTimedOut,
     ReplyUnreadable,
     SettingsError,
@@ -81,24 +80,11 @@ def execute(client: Client, function: str, params: Row) -> Any:
         return client.rpc(function, params).execute().data
     except SyncError:
         raise
-    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-        if isinstance(error.__cause__ or error.__context__, ssl.SSLError) or "SSL" in str(error):
-            raise NotAuthorized(
-                "the TLS connection to Supabase failed", hint="check SUPABASE_URL and certificates"
-            ) from None
-        raise RemoteUnavailable(
-            f"Supabase can't be reached ({type(error).__name__})", hint="everything is kept"
-        ) from None
-    except httpx.TimeoutException as error:
-        raise ReplyTimedOut(
-            f"no reply from Supabase in time ({type(error).__name__})",
-            hint="the outcome is unknown; the same ids are resent",
-        ) from None
     except (httpx.HTTPError, postgrest.APIError, ValueError) as error:
-        raise ReplyUnreadable(
-            f"no usable reply from Supabase ({type(error).__name__})",
-            hint="the outcome is unknown; the same ids are resent",
-        ) from None
+        names = [kind.__name__ for kind in type(error).__mro__]
+        inner = error.__cause__ or error.__context__
+        text = "SSL" if isinstance(inner, ssl.SSLError) else str(error)
+        raise error_for_exception(names, text) from None
 
 
 def _require_json_success(response: httpx.Response) -> None:
@@ -121,7 +107,7 @@ def _require_json_success(response: httpx.Response) -> None:
             status=response.status_code,
             code=str(body.get("code") or ""),
             message=str(body.get("message") or ""),
-            retry_after_s=_retry_after_s(response.headers.get("retry-after")),
+            retry_after_s=retry_after_s(response.headers.get("retry-after"), SystemClock().now()),
         )
     )
 
@@ -132,16 +118,6 @@ def _json_object(response: httpx.Response) -> Row:
     except ValueError:
         return {}
     return body if isinstance(body, dict) else {}
-
-
-def _retry_after_s(header: str | None) -> float | None:
-    """Read Retry-After in seconds; an HTTP date counts as `asked, but for how long is unknown`."""
-    if header is None:
-        return None
-    try:
-        return float(header)
-    except ValueError:
-        return 0.0
 
 
 class Call:

@@ -12,15 +12,10 @@ from local_store.ops import PendingTransaction, WireOp
 from syncer.core.backoff import RetryLimits, honoured_retry_after_s, retry_delay_s
 from syncer.core.batch import Batch, choose, next_turn
 from syncer.core.breaker import Breaker
-from syncer.core.failures import FailedReply, classify, error_for
 from syncer.core.wire import decode_reads, decode_verdicts, encode_batch
 from syncer.errors import (
-    BatchTooLarge,
-    NotAuthorized,
     ProtocolMismatch,
-    RemoteUnavailable,
     ReplyUnreadable,
-    Throttled,
 )
 
 
@@ -200,46 +195,3 @@ def test_a_read_reply_that_does_not_fit_is_not_believed(broken: object):
 
 
 # -- verdicts -----------------------------------------------------------------------------------
-
-
-# -- failure classes ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("reply", "kind", "error"),
-    [
-        (FailedReply(503, "PGRST001"), "outage", RemoteUnavailable),
-        (FailedReply(500, "53100"), "outage", RemoteUnavailable),
-        (FailedReply(503, "57P01"), "outage", RemoteUnavailable),
-        (FailedReply(405, "25006"), "outage", RemoteUnavailable),
-        (FailedReply(400, "0A000", "cannot run during recovery"), "outage", RemoteUnavailable),
-        (FailedReply(503), "outage", RemoteUnavailable),
-        (FailedReply(400, "0A000", "not supported"), "unknown", ReplyUnreadable),
-        (FailedReply(400), "unknown", ReplyUnreadable),
-        (FailedReply(544), "unknown", ReplyUnreadable),
-        (FailedReply(302), "unknown", ReplyUnreadable),
-        (FailedReply(500, "XX000"), "unknown", ReplyUnreadable),
-        (FailedReply(429), "transient", Throttled),
-        (FailedReply(503, retry_after_s=3.0), "transient", Throttled),
-        (FailedReply(503, "53300"), "transient", Throttled),
-        (FailedReply(500, "57014"), "transient", Throttled),
-        (FailedReply(401, "PGRST301"), "auth", NotAuthorized),
-        (FailedReply(401), "auth", NotAuthorized),
-        (FailedReply(403, "42501"), "auth", NotAuthorized),
-        (FailedReply(404, "PGRST202"), "schema", ProtocolMismatch),
-        (FailedReply(404, "42883"), "schema", ProtocolMismatch),
-        (FailedReply(413), "split", BatchTooLarge),
-        (FailedReply(400, "22P05"), "split", BatchTooLarge),
-    ],
-)
-def test_a_code_outranks_the_status_it_arrives_under(
-    reply: FailedReply, kind: str, error: type[Exception]
-):
-    assert classify(reply) == kind
-    assert isinstance(error_for(reply), error)
-
-
-def test_an_error_reply_never_repeats_the_servers_text():
-    told = str(error_for(FailedReply(500, "XX000", "secret user text")))
-    assert "secret user text" not in told
-    assert "XX000" in told
