@@ -55,12 +55,18 @@ def play(
         idle = writer.measure(300)
         store_drained(store, remote)
         proxy.set(Refuse())
-        scheduler = FlushScheduler(store, Flusher(store, remote), interval_s=INTERVAL_S)
+        calls: list[int] = []
+        scheduler = FlushScheduler(
+            store,
+            Flusher(store, remote),
+            interval_s=INTERVAL_S,
+            on_report=lambda report: calls.append(report.sent) if report.sent else None,
+        )
         scheduler.start()
-        began, before = CLOCK.monotonic(), len(proxy.log)
+        began = CLOCK.monotonic()
         outage = writer.measure(transactions)
         lasted_s = CLOCK.monotonic() - began
-        probes = len(proxy.log) - before
+        probes = len(calls)
         print(f"queued {transactions} in {lasted_s:.0f} s: acknowledged p50/p99 {ms(outage)}")
         print(f"probes in the outage: {probes} ({lasted_s:.0f} s, breaker interval 5 s)")
         queued_mb = rss_mb()

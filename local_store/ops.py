@@ -42,7 +42,13 @@ class TableSpec:
 
     `key`, `owner` and `version` name the columns of identity, author and optimistic concurrency;
     `parent` is (column, table) of the row this one hangs on. `server_owned` columns are never
-    written from here. `json_merge`, `policy` and `on_delete` say how conflicts end.
+    written from here.
+
+    How conflicts end: `policy` decides a column that both sides changed to different values: merge
+    (a person, the default), remote_wins, local_wins, manual, or a callable that gets a RowConflict
+    and returns columns or a Resolution; one for the table, or a dict by column. `json_merge` names
+    JSON columns that are merged by key. `on_delete` says what becomes of a delete that meets a
+    change: keep_remote, delete or manual.
     """
 
     name: str

@@ -1,0 +1,99 @@
+"""The flusher among others: authors, other flushers, a server that comes back or forgets."""
+
+# ruff: noqa: F811  fixtures are imported, and are arguments
+from __future__ import annotations
+
+from local_store import Insert
+from local_store.clock import ManualClock, new_id
+from syncer.errors import RemoteUnavailable
+from syncer.flusher import Flusher, FlushLimits, drain
+from tests.unit.test_flusher import (  # noqa: F401  fixtures
+    OTHER,
+    USER,
+    clock,
+    flusher,
+    note,
+    raising,
+    server,
+    store,
+)
+
+
+def test_a_second_flusher_on_the_folder_leaves_the_first_alone(store, server, clock):
+    note(store)
+    other = Flusher(store, server, clock=clock, jitter=lambda: 0.5)
+    with store.flushing() as mine:
+        report = other.flush_once()
+    assert mine
+    assert (report.sent, report.stopped, server.calls) == (0, "budget", 0)
+    assert drain(other, clock, budget_s=10).applied == 1
+
+
+def test_a_drain_waits_for_its_turn_within_its_budget(store, server, clock):
+    note(store)
+    with store.flushing():
+        report = drain(Flusher(store, server, clock=clock), clock, budget_s=3)
+    assert (report.sent, report.pending) == (0, 1)
+    assert clock.monotonic() >= 3
+
+
+def test_a_flood_of_one_author_does_not_keep_another_waiting(store, server, clock):
+    for number in range(300):
+        note(store, f"n{number}")
+    limits = FlushLimits(batch_ops_max=50)
+    flusher = Flusher(store, server, limits=limits, clock=clock, jitter=lambda: 0.5)
+    flusher.flush_once()
+    late = note(store, "from somebody else", user=OTHER)
+    flusher.flush_once()
+    assert ("notes", late) in server.rows
+
+
+def test_after_an_outage_the_first_batch_is_small_and_the_next_ones_grow(
+    store, flusher, server, clock
+):
+    for number in range(400):
+        note(store, f"n{number}")
+    server.before_call = raising(RemoteUnavailable("down"), times=3)
+    for _ in range(3):
+        flusher.flush_once()
+        clock.advance(60)
+    sent = [flusher.flush_once().sent for _ in range(4)]
+    assert sent[0] <= 10
+    assert sent == sorted(set(sent))
+
+
+def test_a_missing_parent_becomes_a_dead_letter_after_its_time(store, server, clock):
+    store.write([Insert("comments", {"note_id": new_id(), "text": "early"})], user_id=USER)
+    flusher = Flusher(store, server, clock=clock, jitter=lambda: 0.5)
+    for _ in range(70):
+        report = flusher.flush_once()
+        clock.advance(60)
+        if report.rejected:
+            break
+    assert clock.monotonic() > 3_600
+    assert [entry.state for entry in server.parked.values()] == ["dead"]
+    assert store.stats()["pending"] == 0
+
+
+def test_a_forked_log_goes_on_under_a_new_one(store, flusher, server):
+    log_id = store.log_id
+    note(store, "known here")
+    flusher.flush_once()
+    taken = next(iter(server.ledger.values()))
+    taken.seq = 2  # the original went on after the backup was taken
+    lost = [note(store, "a"), note(store, "b")]
+    report = drain(flusher, ManualClock(), budget_s=10)
+    assert (report.applied, report.rejected) == (2, 0)
+    assert all(("notes", row_id) in server.rows for row_id in lost)
+    assert store.log_id != log_id
+
+
+def test_the_server_forgetting_what_was_parked_gets_it_again(store, flusher, server, clock):
+    bad = note(store, "poison")
+    flusher.flush_once()
+    assert list(server.parked)
+    server.parked.clear()  # restored from a backup
+    clock.advance(120)
+    flusher.flush_once()
+    assert [entry.state for entry in server.parked.values()] == ["dead"]
+    assert store.get("notes", bad, user_id=USER)["_pending"]
