@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import psycopg
 import pytest
 
 from local_store import Delete, Insert, Row, TableSpec, Update, user_uuid
-from local_store.clock import new_id
+from local_store.clock import ManualClock, new_id
 from syncer import operators
 from syncer.remote import TableRead
 from syncer.sessions.tables import SESSION_TABLES
@@ -160,6 +161,20 @@ def test_own_work_is_never_in_conflict_with_itself(pair, sql, fault_proxy):
     assert row_of(sql, row_id)["metadata"] == {"n": "last"}
     assert records(mine) == []
     assert operators.dead_letters(mine.remote) == []
+
+
+def test_containers_with_skewed_clocks_see_no_conflict_where_there_is_none(buffered_store, sql):
+    ahead, behind = (
+        buffered_store(TABLES, clock=ManualClock(datetime(year, 1, 1, tzinfo=UTC)))
+        for year in (2031, 2021)
+    )
+    row_id = session(ahead)
+    for number, app in enumerate((ahead, behind, ahead, behind)):
+        learn(app, row_id)
+        update(app, row_id, metadata={"n": number})
+        app.drain()
+    assert row_of(sql, row_id)["metadata"] == {"n": 3}
+    assert records(ahead) == []
 
 
 def test_an_edit_by_sql_from_outside_is_the_other_side_too(pair, sql):

@@ -7,7 +7,7 @@ import pytest
 from local_store.ops import Row
 
 from .conftest import Database, insert, new
-from .parking import dead, park, results
+from .parking import conflict_of, dead, in_conflict, park, results
 
 
 @pytest.fixture
@@ -91,6 +91,14 @@ def test_tombstones_are_forgotten_with_the_ledger(db, user):
     assert db.query("select 1 from sync.tombstones where row_id = %s", row_id)
     prune(db)
     assert db.query("select 1 from sync.tombstones where row_id = %s", row_id) == []
+
+
+def test_what_the_loser_of_a_conflict_wrote_outlives_every_pruning(db, user):
+    mine, theirs = {"status": "finalized"}, "status = 'abandoned'"
+    _, transaction = in_conflict(db, user, mine=mine, theirs=theirs)
+    db.call("sync_resolve_v1", {"id": conflict_of(db, transaction)["id"], "choice": "theirs"})
+    assert prune(db) > 0
+    assert conflict_of(db, transaction)["mine"] == mine
 
 
 def test_pruning_without_a_retention_is_refused(db):
