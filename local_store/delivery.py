@@ -64,6 +64,9 @@ def next_counter(connection: sqlite3.Connection) -> int:
     return int(found[0])
 
 
+RECORD_MAX = 100  # outcomes at once: writers wait for about 10 ms meanwhile
+
+
 class Delivery:
     """What a flusher, a replay or an audit asks of the buffer."""
 
@@ -96,14 +99,26 @@ class Delivery:
             asked = due.Due(connection, now_s, selection, transactions_max, bytes_max)
             return due.pending(connection, self._tables, asked, after_user)
 
-    def record(self, outcomes: Sequence[Outcome]) -> None:
-        """Write down what the server said, all outcomes in one SQLite transaction.
+    def undelivered(
+        self, selection: Selection | None = None, *, limit: int = 500
+    ) -> list[PendingTransaction]:
+        """Return the oldest undelivered transactions of all logs, due or not, for a person."""
+        with self._file.reading() as connection:
+            return due.undelivered(connection, self._tables, selection, limit)
 
-        Recording twice is harmless: a settled transaction stays as it is.
+    def record(self, outcomes: Sequence[Outcome]) -> None:
+        """Write down what the server said, in order, at most 100 outcomes to a SQLite transaction.
+
+        Recording twice is harmless: a settled transaction stays as it is. So is an end in the
+        middle: what isn't recorded is sent again and comes back as a duplicate.
         """
         if not outcomes:
             with self._file.reading():
                 return  # no fsync for nothing, but a closed store says so
+        for start in range(0, len(outcomes), RECORD_MAX):
+            self._record(outcomes[start : start + RECORD_MAX])
+
+    def _record(self, outcomes: Sequence[Outcome]) -> None:
         now = self._clock.now()
         with self._file.transaction("a recorded reply") as connection:
             counter = next_counter(connection)

@@ -148,6 +148,22 @@ def pending(
     return [_complete(connection, tables, log_id, row) for row in sorted(due.found)]
 
 
+def undelivered(
+    connection: sqlite3.Connection,
+    tables: Mapping[str, TableSpec],
+    selection: Selection | None,
+    limit: int,
+) -> list[PendingTransaction]:
+    """Return what is undelivered of all logs, due or not, by position; parked work isn't."""
+    narrowed, values = narrowing(selection)
+    found = connection.execute(
+        f"SELECT {_COLUMNS}, (SELECT log_id FROM logs WHERE ordinal = log) FROM op_log"
+        f" WHERE {IS_UNDELIVERED}{narrowed} ORDER BY position LIMIT ?",
+        (*values, limit),
+    ).fetchall()
+    return [_complete(connection, tables, row[-1], row[:-1]) for row in found]
+
+
 def _complete(
     connection: sqlite3.Connection, tables: Mapping[str, TableSpec], log_id: str, row: Found
 ) -> PendingTransaction:

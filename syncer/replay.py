@@ -19,6 +19,7 @@ from syncer.remote import Remote, TableRead
 
 IDLE_ROUNDS_MAX = 3  # what is still held after three quiet rounds waits for something else
 IDLE_WAIT_S = 1.0  # held transactions are due again after a second or so at first
+PARKED_STATES = ("dead", "conflict", "held")
 DRY_RUN_TRANSACTIONS_MAX = 1_000  # a page for a person to read
 
 
@@ -71,6 +72,8 @@ def replay(
     """
     if settled:
         store.reopen(selection)
+        # What is parked may be forgotten there too; asking about it hands it over again.
+        store.recheck(_parked_ids(store))
     selected = store.count(selection)
     end, idle, total = clock.monotonic() + budget_s, 0, FlushReport()
     while True:
@@ -94,6 +97,14 @@ def replay(
         reachable=total.stopped not in ("outage", "auth", "schema"),
         error=total.error,
     )
+
+
+def _parked_ids(store: LocalStore) -> Iterator[str]:
+    for log in store.logs():
+        after_seq = 0
+        while page := store.entries(log_id=log["log_id"], after_seq=after_seq):
+            yield from (entry.txn_id for entry in page if entry.state in PARKED_STATES)
+            after_seq = page[-1].seq
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +132,10 @@ class Difference:
 def differences(store: LocalStore, remote: Remote, selection: Selection) -> Iterator[Difference]:
     """Compare what is selected with the live rows, as their authors see them; changes nothing.
 
-    At most the first 1,000 due transactions. Raises SyncError when Supabase can't be asked.
+    At most the oldest 1,000 transactions, of all logs, also those whose next attempt is later.
+    Raises SyncError when Supabase can't be asked.
     """
-    due = store.pending(
-        transactions_max=DRY_RUN_TRANSACTIONS_MAX, bytes_max=2**30, selection=selection
-    )
-    for transaction in due:
+    for transaction in store.undelivered(selection, limit=DRY_RUN_TRANSACTIONS_MAX):
         yield from _differences_of(store, remote, transaction)
 
 
