@@ -556,7 +556,10 @@ declare
 begin
   perform sync.guard();
   select coalesce(jsonb_agg(to_jsonb(x) order by x.log_id, x.seq), '[]') into v_parked from (
-    select q.txn_id, q.log_id, q.seq, q.user_id, q.state, q.sqlstate, q.op, q.message,
+    select q.txn_id, q.log_id, q.seq, q.user_id, q.state, q.sqlstate, q.op,
+      -- Data errors quote the value, a trigger may say anything; constraints only give their names.
+      case when (p ->> 'full')::boolean or q.sqlstate is null
+          or q.sqlstate ~ '^(23|42501|02000|SYT)' then q.message end as message,
       q.blocked_by, q.replaces, q.attempts, q.keys, q.parked_at, q.changed_at,
       case when (p ->> 'full')::boolean then q.item end as item,
       (select count(*) from sync.parked w where w.item -> 'after' ? q.txn_id::text) as waiting

@@ -229,3 +229,15 @@ def test_a_list_without_full_shows_no_values(db, user):
     assert brief["item"] is None
     [whole] = db.call("sync_list_parked_v1", {**asked, "full": True})["parked"]
     assert whole["item"]["ops"] == sent(transaction)["ops"]
+
+
+def test_a_list_without_full_shows_no_message_that_quotes_a_value(db, user):
+    transaction = db.transaction(user, insert("sessions", new(), finalized_at="private words"))
+    [verdict] = db.send(transaction)
+    assert "private words" in verdict["message"]
+    park(db, {**dead(transaction), "sqlstate": verdict["sqlstate"], "message": verdict["message"]})
+    asked: Row = {"txn_ids": [transaction["txn_id"]]}
+    [brief] = db.call("sync_list_parked_v1", asked)["parked"]
+    assert (brief["sqlstate"], brief["message"]) == ("22007", None)
+    [whole] = db.call("sync_list_parked_v1", {**asked, "full": True})["parked"]
+    assert "private words" in whole["message"]
