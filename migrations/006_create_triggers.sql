@@ -16,6 +16,17 @@
 create schema if not exists private;
 revoke all on schema private from public, anon, authenticated;
 
+-- Its name is a common one. A function of somebody else's under it serves other tables, and must
+-- not be replaced under them.
+do $$
+begin
+  if exists (select from pg_proc p where p.pronamespace = 'public'::regnamespace
+      and p.proname = 'update_updated_at_column' and p.prosrc not like '%sync.accepted_at%') then
+    raise exception 'public.update_updated_at_column() exists and is not ours'
+      using errcode = '42723', hint = 'rename it and point your triggers to the new name';
+  end if;
+end $$;
+
 create or replace function public.update_updated_at_column() returns trigger
 language plpgsql set search_path = '' as $$
 declare

@@ -8,6 +8,7 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
+from syncer.migrate import load_migrations
 from tests.sql.conftest import new
 
 TABLES = ("sessions", "session_revisions", "session_drafts", "hole_resolutions")
@@ -338,3 +339,14 @@ def test_deleting_a_session_takes_its_children_along(db, user):
     add_revision(db, user, session)
     db.as_user(user, "delete from sessions where id = %s", session)
     assert db.query("select 1 from session_revisions where session_id = %s", session) == []
+
+
+def test_a_function_of_somebody_else_under_our_name_is_not_replaced(db):
+    [triggers] = [item for item in load_migrations() if item.name.startswith("006_")]
+    with db.owner.transaction(force_rollback=True):
+        db.query(
+            "create or replace function public.update_updated_at_column() returns trigger"
+            " language plpgsql as $$ begin new.updated_at := now(); return new; end $$"
+        )
+        with pytest.raises(psycopg.Error, match="is not ours"):
+            db.owner.execute(triggers.sql.encode())
