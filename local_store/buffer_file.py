@@ -12,7 +12,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fcntl import LOCK_EX, LOCK_NB, flock
+from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 from pathlib import Path
 
 import orjson
@@ -85,6 +85,8 @@ class BufferFile:
         The lock belongs to an open file of its own, so it ends with the block or with the process.
         """
         self._check_process()
+        if self._lock_fd < 0:
+            raise StoreClosed("this store is closed")
         descriptor = os.open(self._path.parent / schema.FLUSHER_LOCK_NAME, _CREATE, 0o600)
         try:
             try:
@@ -92,7 +94,13 @@ class BufferFile:
             except BlockingIOError:
                 yield False
             else:
-                yield True
+                try:
+                    yield True
+                finally:
+                    # A process forked meanwhile shares this open file: closing ours wouldn't end
+                    # the lock, and the child leaving the block must not end the parent's.
+                    if self._pid == os.getpid():
+                        flock(descriptor, LOCK_UN)
         finally:
             os.close(descriptor)
 

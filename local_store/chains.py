@@ -12,8 +12,9 @@ from typing import Any
 
 import orjson
 
+from local_store import reopening
 from local_store.door import decode_ops
-from local_store.op_log import touch
+from local_store.op_log import touch, wake_dependants
 from local_store.ops import SETTLED, Chains, Rewritten, Row, StoredTransaction, TableSpec, WireOp
 
 Key = tuple[str, str]
@@ -57,12 +58,8 @@ def rebase(
     for name, row in rows.items():
         rebuild(connection, tables, _key(name), row, counter)
         base = None if row is None else str(row[tables[_key(name)[0]].version])
-        # What is replayed after a restore goes by the bases it was applied on; left as they were,
-        # it would meet the same row again for ever.
-        connection.executemany(
-            "UPDATE op_log SET bases = json_patch(bases, ?) WHERE position = ? AND parked = 0",
-            [(orjson.dumps({name: base}).decode(), item.position) for item in chains.transactions],
-        )
+        for stored in chains.transactions:
+            reopening.meet(connection, stored.position, name, base)
     return bytes_more
 
 
@@ -118,6 +115,8 @@ def _replace(
     for op in new.ops:
         if op.kind == "delete":
             after |= before & descendants(connection, tables, (op.table, op.id))
+    if before - after:
+        wake_dependants(connection, old.position)  # they don't wait for this one any more
     connection.execute("DELETE FROM touches WHERE position = ?", (old.position,))
     touch(connection, old.position, after)
     return len(encoded) - size_bytes, before - after
@@ -136,15 +135,29 @@ def _remade(known: Mapping[str, StoredTransaction], rewritten: Sequence[Rewritte
     return found
 
 
-def _restore(connection: sqlite3.Connection, key: Key, counter: int) -> None:
-    """Bring back a child that only a vanished delete had marked as deleted."""
+def _restore(connection: sqlite3.Connection, key: Key, counter: int) -> bool:
+    """Bring back a child that only a vanished delete had marked as deleted.
+
+    One that its author deleted has no version left.
+    """
     if any(_ends(connection, position, key) for position in _positions(connection, key)):
-        return
-    connection.execute(
-        "UPDATE rows SET deleted = 0, version = version + 1, changed_at = ?"
-        " WHERE tbl = ? AND id = ? AND deleted",
+        return False
+    restored = connection.execute(
+        "UPDATE rows SET deleted = 0, version = version + 1, changed_at = ?1"
+        " WHERE tbl = ?2 AND id = ?3 AND deleted AND (base IS NOT NULL"
+        " OR EXISTS (SELECT 1 FROM touches t WHERE t.tbl = ?2 AND t.id = ?3))",
         (counter, *key),
     )
+    return restored.rowcount == 1
+
+
+def _revive(
+    connection: sqlite3.Connection, tables: Mapping[str, TableSpec], key: Key, counter: int
+) -> None:
+    """Bring back what hung on a row whose delete came to nothing, and wasn't deleted by itself."""
+    for child in _children(connection, tables, key):
+        if _restore(connection, child, counter):
+            _revive(connection, tables, child, counter)
 
 
 def _ends(connection: sqlite3.Connection, position: int, key: Key) -> bool:
@@ -230,6 +243,8 @@ def rebuild(
     if deleted and server_row is None:
         for child in descendants(connection, tables, key):
             _forget_if_clean(connection, child, counter)
+    if found is not None and found[2] and not deleted:
+        _revive(connection, tables, key, counter)
 
 
 def _body(
@@ -279,16 +294,25 @@ def descendants(
 ) -> set[Key]:
     """Return all local rows that hang on a row, deleted ones too."""
     found: set[Key] = set()
-    for child in tables.values():
-        if child.parent is None or child.parent[1] != key[0]:
-            continue
+    level = [key]
+    while level:
+        below = {child for parent in level for child in _children(connection, tables, parent)}
+        level = list(below - found)  # a row that hangs on itself is met once
+        found |= below
+    return found
+
+
+def _children(
+    connection: sqlite3.Connection, tables: Mapping[str, TableSpec], key: Key
+) -> list[Key]:
+    return [
+        (child.name, row_id)
+        for child in tables.values()
+        if child.parent is not None and child.parent[1] == key[0]
         for (row_id,) in connection.execute(
             "SELECT id FROM rows WHERE parent_id = ? AND tbl = ?", (key[1], child.name)
-        ).fetchall():
-            if (child.name, row_id) not in found:
-                found.add((child.name, row_id))
-                found |= descendants(connection, tables, (child.name, row_id))
-    return found
+        ).fetchall()
+    ]
 
 
 def _key(name: str) -> Key:

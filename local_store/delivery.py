@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from local_store import chains as chains_
-from local_store import due, op_log, rows, schema
+from local_store import due, op_log, reopening, rows, schema
 from local_store.buffer_file import BufferFile
 from local_store.clock import Clock, isoformat
 from local_store.door import canonical_uuid, lookup_id
@@ -126,7 +126,10 @@ class Delivery:
                 change = op_log.record(connection, outcome, isoformat(now), now.timestamp())
                 if change is None:
                     continue
-                rows.settle_versions(connection, outcome.versions, counter)
+                versions = outcome.versions
+                if outcome.state == "applied":
+                    versions = reopening.remember(connection, outcome)
+                rows.settle_versions(connection, versions, counter)
                 self._learn(connection, outcome)
                 for name, row in outcome.rows.items():
                     table, _, row_id = name.partition("/")
@@ -196,7 +199,7 @@ class Delivery:
         it knows comes back as a duplicate. Local rows keep their content meanwhile.
         """
         with self._file.transaction("a reopening") as connection:
-            count, size_bytes = op_log.reopen(connection, selection)
+            count, size_bytes = reopening.reopen(connection, selection)
             _count(connection, count, size_bytes)
         return count
 

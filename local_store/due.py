@@ -50,10 +50,10 @@ class Due:
 
     def log(self) -> int | None:
         """Return the log of the oldest due transaction, parked ones last; None when none is due."""
-        for which in (IS_UNDELIVERED, "parked = 1"):
+        for which, order in ((IS_UNDELIVERED, "position"), ("parked = 1", "log, position")):
             found = self._connection.execute(
                 f"SELECT log FROM op_log WHERE {which} AND {_IS_DUE}{self._narrowed}"
-                " ORDER BY position LIMIT 1",
+                f" ORDER BY {order} LIMIT 1",
                 (*self._when, *self._values),
             ).fetchone()
             if found is not None:
@@ -89,6 +89,30 @@ class Due:
                 (log, *self._when, *self._values),
                 room,
             )
+
+    def without_gaps(self, found: list[PendingTransaction]) -> list[PendingTransaction]:
+        """Leave out what would be held only because a due predecessor found no room here.
+
+        An author's own are taken in order, so this meets what builds on another author's row, or on
+        a transaction that was freed in an older log. When nothing else is left it goes all the
+        same: the server holds it, and the turn moves on.
+        """
+        taken: set[str] = set()
+        kept: list[PendingTransaction] = []
+        for transaction in found:
+            missing = [txn_id for txn_id in transaction.after if txn_id not in taken]
+            if not any(self._is_due(txn_id) for txn_id in missing):
+                kept.append(transaction)
+                taken.add(transaction.txn_id)
+        return kept or found
+
+    def _is_due(self, txn_id: str) -> bool:
+        found = self._connection.execute(
+            f"SELECT 1 FROM op_log WHERE txn_id = ? AND {IS_UNDELIVERED} AND {_IS_DUE}"
+            f"{self._narrowed}",
+            (txn_id, *self._when, *self._values),
+        ).fetchone()
+        return found is not None
 
     def _users(self, log: int, after_user: str) -> Iterator[str]:
         """Yield the authors with undelivered work, from after `after_user` round to it.
@@ -145,7 +169,8 @@ def pending(
     due.collect(log, after_user)
     due.ask_about_parked(log)
     log_id = connection.execute("SELECT log_id FROM logs WHERE ordinal = ?", (log,)).fetchone()[0]
-    return [_complete(connection, tables, log_id, row) for row in sorted(due.found)]
+    found = [_complete(connection, tables, log_id, row) for row in sorted(due.found)]
+    return due.without_gaps(found)
 
 
 def undelivered(

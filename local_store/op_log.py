@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from local_store.door import Accepted, decode_ops
+from local_store.door import Accepted
 from local_store.ops import (
     SETTLED,
     UNSETTLED,
@@ -96,19 +96,18 @@ def record(
     A settled transaction stays as it is: a late copy of an older reply can't reopen it.
     """
     found = connection.execute(
-        "SELECT position, state, parked, size_bytes, ops FROM op_log WHERE txn_id = ?",
+        "SELECT position, state, parked, size_bytes FROM op_log WHERE txn_id = ?",
         (outcome.txn_id,),
     ).fetchone()
     if found is None or found[1] in SETTLED:
         return None
-    position, state, was_parked, size_bytes, ops = found
+    position, state, was_parked, size_bytes = found
     settled = outcome.state in SETTLED
     parked = not settled and (outcome.parked or outcome.state in ("conflict", "dead"))
     open_before = state in UNSETTLED and not was_parked
     open_after = outcome.state in UNSETTLED and not parked
     if outcome.state == "applied":
-        _remember_bases(connection, position, ops)
-        _wake_dependants(connection, position)
+        wake_dependants(connection, position)
     connection.execute(
         "UPDATE op_log SET state = ?1, parked = ?2, attempts = attempts + 1, due_at = ?3,"
         " settled_at = ?4, reply = CASE WHEN ?1 = 'applied' THEN NULL ELSE coalesce(?5, reply) END,"
@@ -129,25 +128,7 @@ def record(
     return change, change * size_bytes
 
 
-def _remember_bases(connection: sqlite3.Connection, position: int, ops: str) -> None:
-    """Keep the versions that a transaction was applied on: a replay after a restore needs them.
-
-    Outcomes are recorded in order, so the row is still at the version its predecessor left.
-    """
-    bases: dict[str, str | None] = {}
-    for op in decode_ops(ops):
-        found = connection.execute(
-            "SELECT base FROM rows WHERE tbl = ? AND id = ?", (op.table, op.id)
-        ).fetchone()
-        known = found[0] if found is not None and op.kind != "insert" else None
-        bases.setdefault(f"{op.table}/{op.id}", known)
-    connection.execute(
-        "UPDATE op_log SET bases = coalesce(bases, ?) WHERE position = ?",
-        (orjson.dumps(bases).decode(), position),
-    )
-
-
-def _wake_dependants(connection: sqlite3.Connection, position: int) -> None:
+def wake_dependants(connection: sqlite3.Connection, position: int) -> None:
     """Let what was held behind a transaction go at once, on its rows and on their children."""
     if connection.execute("SELECT 1 FROM op_log WHERE state = 'held' LIMIT 1").fetchone() is None:
         return
@@ -211,26 +192,6 @@ def renumber(connection: sqlite3.Connection, txn_ids: Sequence[str], ordinal: in
             (log, log),
         )
     return moved
-
-
-def reopen(connection: sqlite3.Connection, selection: Selection) -> tuple[int, int]:
-    """Make applied transactions pending again; returns (how many, their bytes)."""
-    narrowed, values = narrowing(selection)
-    found = connection.execute(
-        f"SELECT position, ops, children, size_bytes FROM op_log WHERE state = 'applied'{narrowed}",
-        values,
-    ).fetchall()
-    for position, ops, children, _ in found:
-        touched = {(op.table, op.id) for op in decode_ops(ops)}
-        for known in orjson.loads(children):
-            touched |= {(table, id_) for table, _, id_ in (k.partition("/") for k in known or ())}
-        touch(connection, position, touched)
-    connection.executemany(
-        "UPDATE op_log SET state = 'pending', settled_at = NULL, attempts = 0, due_at = 0"
-        " WHERE position = ?",
-        [(position,) for position, *_ in found],
-    )
-    return len(found), sum(size_bytes for *_, size_bytes in found)
 
 
 def narrowing(selection: Selection | None) -> tuple[str, tuple[str, ...]]:

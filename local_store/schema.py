@@ -53,6 +53,7 @@ def create_op_log(db: Database) -> None:
             children     TEXT NOT NULL,
             records      TEXT NOT NULL DEFAULT '[]',
             bases        TEXT,
+            versions     TEXT,
             size_bytes   INTEGER NOT NULL,
             schema_version INTEGER NOT NULL,
             state        TEXT NOT NULL DEFAULT 'pending',
@@ -67,12 +68,16 @@ def create_op_log(db: Database) -> None:
         """
     )
     undelivered = "state IN ('pending', 'held') AND parked = 0"
-    db.conn.execute(f"CREATE INDEX op_log_undelivered ON op_log (position) WHERE {undelivered}")
+    # due_at stands in each, so that a long backlog which isn't due is passed over in the index.
     db.conn.execute(
-        f"CREATE INDEX op_log_in_turn ON op_log (log, user_id, position) WHERE {undelivered}"
+        f"CREATE INDEX op_log_undelivered ON op_log (position, log, due_at) WHERE {undelivered}"
+    )
+    db.conn.execute(
+        "CREATE INDEX op_log_in_turn ON op_log (log, user_id, position, due_at)"
+        f" WHERE {undelivered}"
     )
     db.conn.execute("CREATE INDEX op_log_held ON op_log (due_at) WHERE state = 'held'")
-    db.conn.execute("CREATE INDEX op_log_parked ON op_log (due_at) WHERE parked = 1")
+    db.conn.execute("CREATE INDEX op_log_parked ON op_log (log, position, due_at) WHERE parked = 1")
     db.conn.execute(
         """
         CREATE TABLE touches (

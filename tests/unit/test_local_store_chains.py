@@ -172,6 +172,37 @@ def test_a_discarded_insert_leaves_no_row_behind(store: LocalStore):
     assert shown(store, child, "comments")["_pending"]
 
 
+def test_a_discarded_delete_brings_its_children_back(store: LocalStore):
+    parent, child, gone, fresh = synced(store, text="a"), new_id(), new_id(), new_id()
+    add(store, "comments", id=child, note_id=parent)
+    add(store, "comments", id=gone, note_id=parent)
+    grandchild = add(store, "replies", comment_id=child)
+    lost = add(store, "replies", comment_id=gone)
+    settle_all(store)
+    write(store, Delete("comments", gone))
+    settle_all(store)
+    add(store, "comments", id=fresh, note_id=parent)
+    txn_id = write(store, Delete("notes", parent))
+    store.record([Outcome(txn_id, "conflict", parked=True)])
+    store.record([Outcome(txn_id, "discarded", rows={f"notes/{parent}": served(parent)})])
+    assert shown(store, child, "comments")["_pending"] is False
+    assert shown(store, fresh, "comments")["_pending"] is True
+    assert shown(store, grandchild, "replies")["comment_id"] == child
+    assert store.get("comments", gone, user_id=USER) is None
+    assert store.get("replies", lost, user_id=USER) is None
+
+
+def test_a_child_that_another_delete_still_covers_stays_deleted(store: LocalStore):
+    parent = synced(store, text="a")
+    child = add(store, "comments", note_id=parent)
+    settle_all(store)
+    write(store, Delete("comments", child))
+    txn_id = write(store, Delete("notes", parent))
+    store.record([Outcome(txn_id, "discarded", rows={f"notes/{parent}": served(parent)})])
+    assert store.get("notes", parent, user_id=USER) is not None
+    assert store.get("comments", child, user_id=USER) is None
+
+
 def test_the_local_version_moves_with_the_content_only(store: LocalStore):
     row_id = synced(store, text="a", number=1)
     write(store, Update("notes", row_id, {"text": "b"}))
@@ -210,3 +241,15 @@ def test_a_row_that_moved_since_tells_nothing_about_defaults(store: LocalStore):
     store.record([Outcome(first.txn_id, "applied", versions, learned=learned)])
     [item] = store.chains([("notes", row_id)], user_id=USER).transactions
     assert item.before == ({},)
+
+
+def test_what_waited_for_a_change_that_vanished_is_due_at_once(store: LocalStore):
+    parent = synced(store, text="a")
+    write(store, Update("notes", parent, {"text": "same"}))
+    add(store, "comments", note_id=parent)
+    first, child = waiting(store)
+    store.record([Outcome(child.txn_id, "held", retry_after_s=600)])
+    chains = store.chains([("notes", parent)], user_id=USER)
+    emptied = as_it_was(chains.transactions[0], ops=(), before=())
+    store.rebase(chains, [emptied], {f"notes/{parent}": served(parent, text="same")})
+    assert [txn.txn_id for txn in waiting(store)] == [first.txn_id, child.txn_id]

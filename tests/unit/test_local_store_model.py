@@ -23,6 +23,7 @@ from local_store import (
     VersionMismatch,
 )
 from local_store.clock import ManualClock, new_id
+from local_store.ops import Selection
 from tests.unit.buffer_tables import OTHER, TABLES, USER, waiting
 
 USERS = st.sampled_from([USER, OTHER])
@@ -161,6 +162,13 @@ class StoreMachine(RuleBasedStateMachine):
         if known not in ("applied", "discarded"):
             self.model.log[txn_id] = (state, keys)
         self.clock.advance(1)
+
+    @rule()
+    def reopen(self) -> None:
+        applied = [txn for txn, (state, _) in self.model.log.items() if state == "applied"]
+        assert self.store.reopen(Selection()) == len(applied)
+        for txn_id in applied:
+            self.model.log[txn_id] = ("pending", self.model.log[txn_id][1])
 
     @rule()
     def restart(self) -> None:

@@ -20,6 +20,7 @@ from local_store import (
     TableSpec,
 )
 from local_store.clock import ManualClock, new_id
+from local_store.ops import Chains, Selection
 from tests.unit.buffer_tables import TABLES, USER, add, settle_all, waiting
 
 
@@ -102,6 +103,14 @@ def test_a_closed_store_refuses_everything_and_closing_twice_is_harmless(store: 
         lambda: store.get("notes", row_id, user_id=USER),
         lambda: waiting(store),
         lambda: store.record([]),
+        lambda: store.chains([("notes", row_id)], user_id=USER),
+        lambda: store.rebase(Chains(0, ()), [], {}),
+        lambda: store.start_new_log(),
+        lambda: store.reopen(Selection()),
+        lambda: store.count(),
+        lambda: store.logs(),
+        lambda: store.recheck([]),
+        lambda: store.flushing().__enter__(),
     ):
         with pytest.raises(StoreClosed):
             call()

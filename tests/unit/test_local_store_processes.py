@@ -203,6 +203,37 @@ class Gate(SystemClock):
         self.opened.wait(DEADLINE_S)
 
 
+def test_a_flushers_turn_ends_with_its_block_in_the_parent_alone(tmp_path: Path):
+    """A forked child shares the open file: it can't end the parent's turn, nor prolong it."""
+    with (
+        LocalStore.open(tmp_path, tables=TABLES) as store,
+        LocalStore.open(tmp_path, tables=TABLES) as other,
+    ):
+        ended, end = os.pipe()
+        turn = store.flushing()
+        assert turn.__enter__()
+
+        def leaving() -> None:
+            turn.__exit__(None, None, None)
+
+        assert in_fork(leaving) == 0
+        with other.flushing() as mine:
+            assert not mine
+        lingering = os.fork()
+        if lingering == 0:
+            os.close(end)
+            os.read(ended, 1)  # until the parent is done
+            os._exit(0)
+        turn.__exit__(None, None, None)
+        try:
+            with other.flushing() as mine:
+                assert mine
+        finally:
+            os.close(end)
+            os.close(ended)
+            os.waitpid(lingering, 0)
+
+
 def test_a_fork_during_a_write_neither_hangs_nor_unlocks(tmp_path: Path):
     gate = Gate()
     with (

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from local_store import Delete, Insert, LocalStore, Outcome, Update, user_uuid
+from local_store import Insert, LocalStore, Outcome, Update, user_uuid
 from local_store.clock import ManualClock, new_id
 from local_store.ops import Selection
 from tests.unit.buffer_tables import OTHER, TABLES, USER, add, settle_all, waiting
@@ -98,6 +98,56 @@ def test_a_selection_narrows_what_is_sent(store: LocalStore, clock: ManualClock)
     assert found(until=since) == [early]
     assert found(user_id=OTHER) == [theirs]
     assert found(table="comments") == [child]
+
+
+def test_what_builds_on_due_work_that_found_no_room_waits_for_it(store: LocalStore):
+    add(store)
+    row_id = add(store)
+    store.write([Update("notes", row_id, {"text": "b"})], user_id=USER)
+    first, second, third = waiting(store)
+    parked(store, second.txn_id, "dead")
+    store.start_new_log([first.txn_id])  # takes the third along; the parked one stays
+    assert [txn.txn_id for txn in waiting(store)] == [first.txn_id, third.txn_id]
+    store.record([Outcome(second.txn_id, "pending")])
+    assert [txn.txn_id for txn in waiting(store)] == [first.txn_id]
+    store.record([Outcome(first.txn_id, "held", retry_after_s=60)])
+    assert [txn.txn_id for txn in waiting(store)] == [second.txn_id]
+    store.record([Outcome(second.txn_id, "held", retry_after_s=60)])
+    assert [txn.txn_id for txn in waiting(store)] == [third.txn_id]  # the server holds it
+
+
+def test_a_turn_is_never_empty_because_of_another_authors_row(store: LocalStore):
+    users = sorted([USER, OTHER], key=user_uuid)
+    parent = add(store, user=users[1])
+    child = add(store, "comments", user=users[0], note_id=parent)
+    [found] = store.pending(transactions_max=1, bytes_max=2**40)
+    assert found.ops[0].id == child  # the first author's only one, though it will be held
+    both = store.pending(transactions_max=2, bytes_max=2**40)
+    assert [txn.ops[0].id for txn in both] == [parent, child]
+
+
+def steps(store: LocalStore) -> int:
+    """How many thousand instructions SQLite runs for one idle look at the buffer."""
+    found: list[None] = []
+    connection = store._file._opened()
+    connection.set_progress_handler(lambda: found.append(None), 10)
+    try:
+        assert waiting(store) == []
+        store.stats()
+        store.logs()
+    finally:
+        connection.set_progress_handler(None, 0)
+    return len(found)
+
+
+def test_an_idle_look_costs_the_same_after_a_long_history(store: LocalStore):
+    add(store)
+    settle_all(store)
+    before = steps(store)
+    for _ in range(300):
+        add(store)
+    settle_all(store)
+    assert steps(store) <= before + 2
 
 
 # -- parked work --
@@ -225,44 +275,6 @@ def test_each_log_tells_what_waits_in_it(tmp_path: Path, store: LocalStore, cloc
         assert (old["pending"], new["pending"]) == (2, 1)
         assert (old["oldest_age_s"], new["oldest_age_s"]) == (30.0, 0.0)
         assert old["bytes"] + new["bytes"] == copy.stats()["bytes"]
-
-
-# -- replay --
-
-
-def test_reopened_transactions_go_out_again_on_what_they_were_applied_on(store: LocalStore):
-    row_id = add(store, text="a")
-    settle_all(store, version="v1")
-    store.write([Update("notes", row_id, {"text": "b"})], user_id=USER)
-    settle_all(store, version="v2")
-    store.write([Update("notes", row_id, {"text": "c"})], user_id=USER)
-    settle_all(store, version="v3")
-    since = store.entries()[1]
-    assert store.reopen(Selection()) == 3
-    made, first, second = waiting(store)
-    assert (made.chained, first.chained, second.chained) == ((False,), (True,), (True,))
-    store.record([Outcome(made.txn_id, "applied", {f"notes/{row_id}": "v1"})])
-    [first, second] = waiting(store)
-    assert (first.bases, first.txn_id) == (("v1",), since.txn_id)
-    settle_all(store, version="v9")
-    row = store.get("notes", row_id, user_id=USER)
-    assert row is not None
-    assert (row["text"], row["_pending"]) == ("c", False)
-    assert store.stats()["pending"] == 0
-
-
-def test_a_reopened_delete_marks_its_children_again(store: LocalStore):
-    parent = add(store)
-    child = add(store, "comments", note_id=parent)
-    settle_all(store)
-    store.write([Delete("notes", parent)], user_id=USER)
-    [txn] = waiting(store)
-    assert txn.children == ({f"comments/{child}": "v1"},)
-    settle_all(store)
-    assert store.reopen(Selection(table="notes")) == 2
-    assert {found[2] for found in store.transactions_of("comments", child, user_id=USER)} == {
-        "pending"
-    }
 
 
 # -- one flusher --

@@ -1,0 +1,117 @@
+"""What the server confirmed, kept so that it can be sent again once a restore made it forget.
+
+An applied transaction remembers the versions it was applied on (`bases`) and those it made
+(`versions`), per row. Functions take the open connection.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping
+
+import orjson
+
+from local_store.door import decode_ops
+from local_store.op_log import narrowing, touch
+from local_store.ops import Outcome, Selection
+
+REOPENED_AT_ONCE = 500
+
+Versions = Mapping[str, str | None]
+
+
+def remember(connection: sqlite3.Connection, outcome: Outcome) -> Versions:
+    """Keep what a transaction was applied on and what it made; the rows still have their old bases.
+
+    Returns those of its versions that tell where their rows stand now. One that is replayed may not
+    be the last that its rows have seen: taking its version for the row's would make the next change
+    of the row meet a conflict with this buffer's own writes.
+    """
+    position, ops, known = connection.execute(
+        "SELECT position, ops, versions FROM op_log WHERE txn_id = ?", (outcome.txn_id,)
+    ).fetchone()
+    keys = {f"{op.table}/{op.id}": op.kind for op in reversed(decode_ops(ops))}
+    stood = {name: _base(connection, name) for name in {*keys, *outcome.versions}}
+    bases = {name: None if kind == "insert" else stood[name] for name, kind in keys.items()}
+    connection.execute(
+        "UPDATE op_log SET bases = coalesce(bases, ?), versions = ? WHERE position = ?",
+        (orjson.dumps(bases).decode(), orjson.dumps(dict(outcome.versions)).decode(), position),
+    )
+    if known is None:  # not a replay
+        return outcome.versions
+    made: Versions = orjson.loads(known)
+    _pass_on(connection, position, made, outcome.versions)
+    return {
+        name: version
+        for name, version in outcome.versions.items()
+        if name not in made or made[name] == stood[name]
+    }
+
+
+def _pass_on(
+    connection: sqlite3.Connection, position: int, made: Versions, versions: Versions
+) -> None:
+    """Tell what is replayed next on each row when a restored server gave it another version.
+
+    A version that is the same as then came from a duplicate: what follows keeps its own base, which
+    may be a version that another container made in between.
+    """
+    connection.executemany(
+        "UPDATE op_log SET bases = json_patch(bases, ?1) WHERE bases IS NOT NULL AND position ="
+        " (SELECT min(position) FROM touches WHERE tbl = ?2 AND id = ?3 AND position > ?4)",
+        [
+            (orjson.dumps({name: version}).decode(), *name.split("/", 1), position)
+            for name, version in versions.items()
+            if name not in made or made[name] != version
+        ],
+    )
+
+
+def _base(connection: sqlite3.Connection, name: str) -> str | None:
+    found = connection.execute(
+        "SELECT base FROM rows WHERE tbl = ? AND id = ?", tuple(name.split("/", 1))
+    ).fetchone()
+    return None if found is None else found[0]
+
+
+def meet(connection: sqlite3.Connection, position: int, name: str, version: str | None) -> None:
+    """Let an unsettled transaction build on the server's row as it was met there.
+
+    Left at what it was applied on before a restore, it would meet the same row again for ever.
+    """
+    connection.execute(
+        "UPDATE op_log SET bases = json_patch(bases, ?), versions = json_patch(versions, ?)"
+        " WHERE position = ? AND parked = 0",
+        (
+            orjson.dumps({name: version}).decode(),
+            orjson.dumps({name: None}).decode(),  # whatever it makes now is where the row stands
+            position,
+        ),
+    )
+
+
+def reopen(connection: sqlite3.Connection, selection: Selection) -> tuple[int, int]:
+    """Make applied transactions pending again; returns (how many, their bytes)."""
+    narrowed, values = narrowing(selection)
+    count, size_total, last = 0, 0, 0
+    while True:  # some at a time: the whole history may be larger than the memory
+        found = connection.execute(
+            "SELECT position, ops, children, size_bytes FROM op_log"
+            f" WHERE state = 'applied' AND position > ?{narrowed} ORDER BY position LIMIT ?",
+            (last, *values, REOPENED_AT_ONCE),
+        ).fetchall()
+        if not found:
+            return count, size_total
+        for position, ops, children, size_bytes in found:
+            touched = {(op.table, op.id) for op in decode_ops(ops)}
+            for known in orjson.loads(children):
+                touched |= {
+                    (table, id_) for table, _, id_ in (k.partition("/") for k in known or ())
+                }
+            touch(connection, position, touched)
+            count, size_total, last = count + 1, size_total + size_bytes, position
+        connection.executemany(
+            "UPDATE op_log SET state = 'pending', settled_at = NULL, attempts = 0, due_at = 0"
+            " WHERE position = ?",
+            [(position,) for position, *_ in found],
+        )
