@@ -216,6 +216,10 @@ begin
   p_results := p_results || jsonb_build_array(sync.complete(v_parked.item, v_verdict));
   if v_verdict ->> 'verdict' in ('applied', 'duplicate') then
     delete from sync.parked p where p.log_id = p_log_id and p.seq = p_seq;
+    -- What applied after all needs no decision any more; a decision under way says which it was.
+    update sync.conflicts c set resolution = 'mine', resolved_at = clock_timestamp()
+      where c.txn_id = v_parked.txn_id and c.user_id = v_parked.user_id and c.outcome = 'manual'
+        and c.resolved_at is null;
     for v_waiting in select p.log_id, p.seq from sync.parked p
         where p.state in ('dead', 'held') and p.item -> 'after' ? v_parked.txn_id::text
         order by p.log_id, p.seq loop

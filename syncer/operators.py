@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from local_store.clock import new_id
-from local_store.door import digest_of
+from local_store.door import canonical_uuid, digest_of
 from local_store.ops import Row, WireOp, user_uuid
 from syncer.errors import Declined
 from syncer.remote import SupabaseRemote
 
 PAGE = 500  # records per call: some hundred KB without their values
 RETRIES_PER_CALL = 100  # each with what waits for it: well within the RPC's 20 s
+QUOTING = ("22", "P0")  # SQLSTATE classes whose messages name values, or are the project's own
 
 Choice = Literal["mine", "theirs"]
 
@@ -31,19 +32,20 @@ def dead_letters(
 ) -> list[Row]:
     """Return what is parked, in the order of its logs; `full` brings the values, users' data too.
 
+    Without `full` a message that may quote a value is left out (None); its SQLSTATE stays.
     With `txn_ids` also what was superseded. Raises SyncError.
     """
     asked: Row = {"limit": PAGE, "full": full}
     if txn_ids is not None:
-        asked["txn_ids"] = list(txn_ids)
+        asked["txn_ids"] = [known for known in map(canonical_uuid, txn_ids) if known is not None]
     if log_id is not None:
-        asked["log_id"] = log_id
+        asked["log_id"] = _id(log_id, "no_such_log")
     if user_id is not None:
         asked["user_id"] = user_uuid(user_id)
     found: list[Row] = []
     while True:
         page = remote.operate("sync_list_parked_v1", asked)["parked"]
-        found += page
+        found += page if full else [_unquoted(letter) for letter in page]
         if len(page) < PAGE:
             return found
         asked |= {"after_log_id": page[-1]["log_id"], "after_seq": page[-1]["seq"]}
@@ -52,13 +54,24 @@ def dead_letters(
 def retry(remote: SupabaseRemote, txn_ids: Sequence[str]) -> list[Row]:
     """Try parked transactions again, and what waits for them; returns a verdict for each tried.
 
-    Safe to repeat. Raises SyncError; then those before it may have been tried.
+    One that isn't parked any more gets the verdict `duplicate` if it was applied meanwhile, else
+    `declined` with the reason as its message. Safe to repeat. Raises SyncError; then those before
+    it may have been tried.
     """
+    chosen = [_id(txn_id, "not_parked") for txn_id in txn_ids]
     results: list[Row] = []
-    for start in range(0, len(txn_ids), RETRIES_PER_CALL):
-        asked = {"txn_ids": list(txn_ids[start : start + RETRIES_PER_CALL])}
+    for start in range(0, len(chosen), RETRIES_PER_CALL):
+        asked = {"txn_ids": chosen[start : start + RETRIES_PER_CALL]}
         results += remote.operate("sync_retry_v1", asked)["results"]
-    return results
+    tried = {result["txn_id"] for result in results}
+    return results + [_untried(remote, txn_id) for txn_id in chosen if txn_id not in tried]
+
+
+def _untried(remote: SupabaseRemote, txn_id: str) -> Row:
+    reason = _why_not_parked(remote, txn_id)
+    verdict = "duplicate" if reason == "already_applied" else "declined"
+    message = reason.replace("_", " ")
+    return {"txn_id": txn_id, "verdict": verdict, "state": None, "message": message}
 
 
 def discard(remote: SupabaseRemote, txn_ids: Sequence[str]) -> list[Row]:
@@ -66,7 +79,8 @@ def discard(remote: SupabaseRemote, txn_ids: Sequence[str]) -> list[Row]:
 
     Raises Declined when one of them is not parked any more.
     """
-    results: list[Row] = remote.operate("sync_discard_v1", {"txn_ids": list(txn_ids)})["results"]
+    chosen = [_id(txn_id, "not_parked") for txn_id in txn_ids]
+    results: list[Row] = remote.operate("sync_discard_v1", {"txn_ids": chosen})["results"]
     return results
 
 
@@ -81,15 +95,15 @@ def edit(
     """Replace a parked transaction by one whose op `op` has other values; not tried yet.
 
     `op` defaults to the one that was refused. Returns the verdict of the new transaction, whose
-    txn_id differs. Raises Declined when the old one was applied or isn't parked.
+    txn_id differs. Raises Declined when the old one was applied or isn't parked, or has no op `op`.
     """
-    parked = _one(dead_letters(remote, txn_ids=[txn_id], full=True))
+    parked = _parked(remote, txn_id)
     ops = [dict(item) for item in parked["item"]["ops"]]
     index = (parked["op"] or 0) if op is None else op
     if not 0 <= index < len(ops):
-        raise ValueError(f"op: {index} is none of the transaction's {len(ops)} ops")
+        raise Declined("no_such_op", hint=f"it has {len(ops)} ops, counted from 0")
     ops[index] = {**ops[index], "values": {**ops[index]["values"], **changes}}
-    asked = {"txn_id": txn_id, "new_txn_id": ids(), "ops": ops, "digest": _digest(ops)}
+    asked = {"txn_id": parked["txn_id"], "new_txn_id": ids(), "ops": ops, "digest": _digest(ops)}
     results = remote.operate("sync_edit_v1", asked)["results"]
     verdict: Row = results[0]
     return verdict
@@ -105,7 +119,7 @@ def conflicts(
     """Return conflict records, oldest first, at most 500; `undecided` leaves out decided ones."""
     asked: Row = {"limit": PAGE, "open": undecided and conflict_id is None}
     if conflict_id is not None:
-        asked["id"] = conflict_id
+        asked["id"] = _id(conflict_id, "no_such_conflict")
     if user_id is not None:
         asked["user_id"] = user_uuid(user_id)
     found: list[Row] = remote.operate("sync_list_conflicts_v1", asked)["conflicts"]
@@ -119,7 +133,7 @@ def resolve(remote: SupabaseRemote, conflict_id: str, choice: Choice) -> list[Ro
     the record was made, the answer is `conflict` and the record shows the newer row.
     Raises Declined when it is decided already.
     """
-    asked = {"id": conflict_id, "choice": choice}
+    asked = {"id": _id(conflict_id, "no_such_conflict"), "choice": choice}
     results: list[Row] = remote.operate("sync_resolve_v1", asked)["results"]
     return results
 
@@ -138,9 +152,11 @@ def resolve_edited(
     """
     found = conflicts(remote, conflict_id=conflict_id)
     if not found:
-        raise Declined("no_such_conflict")
+        raise Declined("no_such_conflict", hint="check the id with `syncer conflicts list --all`")
     record = found[0]
-    parked = _one(dead_letters(remote, txn_ids=[record["txn_id"]], full=True))
+    if record["outcome"] != "manual" or record["resolved_at"] is not None:
+        raise Declined("already_resolved", hint="see `syncer conflicts show`")
+    parked = _parked(remote, record["txn_id"])
     ops = [
         {**item, "kind": "update", "values": dict(row)}
         if (item["table"], item["id"]) == (record["table"], record["row_id"])
@@ -158,10 +174,35 @@ def resolve_edited(
     return results
 
 
-def _one(found: Sequence[Row]) -> Row:
+def _unquoted(letter: Row) -> Row:
+    quotes = (letter["sqlstate"] or "").startswith(QUOTING)
+    return {**letter, "message": None} if quotes else letter
+
+
+def _parked(remote: SupabaseRemote, txn_id: str) -> Row:
+    """Return a parked transaction with its values; raises Declined with the reason if it isn't."""
+    found = dead_letters(remote, txn_ids=[txn_id], full=True)
     if not found:
-        raise Declined("not_parked")
+        reason = _why_not_parked(remote, _id(txn_id, "not_parked"))
+        raise Declined(reason, hint="see `syncer dead-letters list`; nothing was changed")
     return found[0]
+
+
+def _why_not_parked(remote: SupabaseRemote, txn_id: str) -> str:
+    """Ask for an edit without content: the server names what stands against it, or refuses it."""
+    try:
+        remote.operate("sync_edit_v1", {"txn_id": txn_id, "ops": []})
+    except Declined as told:
+        return told.reason
+    raise Declined("not_parked")  # an edit without content can't succeed
+
+
+def _id(text: str, reason: str) -> str:
+    """Return an id as the server spells it; what no id can be is declined like an unknown one."""
+    known = canonical_uuid(text)
+    if known is None:
+        raise Declined(reason, hint=f"{text[:40]!r} is no UUID")
+    return known
 
 
 def _digest(ops: Sequence[Row]) -> str:

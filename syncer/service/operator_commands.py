@@ -7,8 +7,6 @@ from typing import Annotated, Any, cast
 
 import orjson
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from local_store.ops import Row
 from syncer import operators
@@ -92,6 +90,8 @@ def retry(
     chosen = list(txn_ids or [])
     if all_:
         chosen = [x["txn_id"] for x in operators.dead_letters(remote) if x["state"] == "dead"]
+        if not chosen and not json:
+            told("nothing is parked as dead")
     elif not chosen:
         raise typer.BadParameter("name a txn_id, or give --all")
     _show_results(operators.retry(remote, chosen), json)
@@ -155,14 +155,12 @@ def list_conflicts(
     if json:
         show_document(found)
         return
-    table = Table("id", "row", "columns", "outcome", "decided")
     for record in found:
-        row = f"{record['table']}/{record['row_id']}"
-        columns = ", ".join(record["columns"]) or "–"
-        table.add_row(record["id"], row, columns, record["outcome"], record["resolution"] or "–")
-    if found:
-        Console().print(table)
-    else:
+        columns = ", ".join(record["columns"]) or "the whole row"
+        decided = f", decided: {record['resolution']}" if record["resolution"] else ""
+        told(f"{record['id']}  {record['table']}/{record['row_id']}")
+        told(f"    {columns}: {record['outcome']}{decided}, since {record['recorded_at'][:19]}")
+    if not found:
         told("no conflicts" if all_ else "no conflict waits for a decision")
 
 
@@ -214,7 +212,8 @@ def _show_results(results: Sequence[Row], json: bool, good: Sequence[str] = DONE
     if json:
         show_document(list(results))
     for result in () if json else results:
-        why = result["message"] or (result["blocked_by"] and f"behind {result['blocked_by']}")
+        blocker = result.get("blocked_by")
+        why = result["message"] or (blocker and f"behind {blocker}")
         verdict = result["state"] or result["verdict"]
         told(f"{result['txn_id']}  {verdict}" + (f": {why}" if why else ""))
     raise typer.Exit(0 if all(r["verdict"] in good for r in results) else EXIT_TROUBLE)

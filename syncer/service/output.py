@@ -12,6 +12,8 @@ from rich.table import Column, Table
 from syncer.audit import AuditReport
 from syncer.flusher import FlushReport
 
+TABLE_WIDTH_MIN = 140
+
 FLUSH_FIELDS = (
     "sent",
     "applied",
@@ -29,6 +31,12 @@ FLUSH_FIELDS = (
 def show_document(document: dict[str, Any] | list[dict[str, Any]]) -> None:
     """Print one JSON document on stdout."""
     print(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())
+
+
+def _tables() -> Console:
+    """A console for tables: ids are to be copied, so nothing cuts them."""
+    wide = Console()
+    return wide if wide.width >= TABLE_WIDTH_MIN else Console(width=TABLE_WIDTH_MIN)
 
 
 def told(text: str) -> None:
@@ -67,7 +75,7 @@ def show_status(document: dict[str, Any], as_json: bool) -> None:
             "–" if oldest is None else f"{oldest:.1f}",
             str(log["last_seq"]),
         )
-    Console().print(table)
+    _tables().print(table)
 
 
 def show_audit(report: AuditReport, as_json: bool) -> None:
@@ -81,7 +89,7 @@ def show_audit(report: AuditReport, as_json: bool) -> None:
     for log in document["logs"]:
         table.add_row(log["log_id"], *(str(log[name]) for name in names))
     table.add_row("total", *(str(document["total"][name]) for name in names), style="bold")
-    Console().print(table)
+    _tables().print(table)
     total = report.total
     told(
         "balanced: every acknowledged transaction is in exactly one state"

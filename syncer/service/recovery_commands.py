@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -49,6 +51,8 @@ def replay(
     json: Json = False,
 ) -> None:
     """Deliver everything undelivered in a buffer until it is empty."""
+    if dry_run and (settled or dead_letters):
+        raise typer.BadParameter("--dry-run shows what is undelivered; leave the other option out")
     settings = settings_for(data_dir)
     selection = Selection(_moment("--since", since), _moment("--until", until), table, user)
     remote = SupabaseRemote.from_settings(settings)
@@ -56,12 +60,17 @@ def replay(
         if dry_run:
             _show_differences(list(differences(store, remote, selection)), json)
             return
-        if dead_letters:
-            _retry_dead_letters(store, remote)
+        retried = _retry_dead_letters(store, remote) if dead_letters else Counter[str]()
         flusher = Flusher(
             store, remote, limits=FlushLimits.from_settings(settings), selection=selection
         )
         report = _run(store, flusher, selection, settled)
+    # The flusher doesn't count what was parked before; refused once more, it is trouble again.
+    report = replace(
+        report,
+        rejected=report.rejected + retried["rejected"],
+        conflict=report.conflict + retried["conflict"],
+    )
     _show(report, json)
     raise typer.Exit(_exit_of(report))
 
@@ -84,12 +93,15 @@ def _run(store: LocalStore, flusher: Flusher, selection: Selection, settled: boo
         )
 
 
-def _retry_dead_letters(store: LocalStore, remote: SupabaseRemote) -> None:
+def _retry_dead_letters(store: LocalStore, remote: SupabaseRemote) -> Counter[str]:
+    """Try again what this buffer's logs have parked as dead; returns the verdicts' counts."""
+    verdicts: Counter[str] = Counter()
     for log in store.logs():
         found = operators.dead_letters(remote, log_id=log["log_id"])
         dead = [letter["txn_id"] for letter in found if letter["state"] == "dead"]
-        operators.retry(remote, dead)
+        verdicts.update(result["verdict"] for result in operators.retry(remote, dead))
         store.recheck([letter["txn_id"] for letter in found])
+    return verdicts
 
 
 def _moment(option: str, text: str | None) -> str | None:

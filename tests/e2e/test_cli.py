@@ -61,7 +61,7 @@ def test_flush_with_supabase_gone_exits_3_and_keeps_everything(syncer, folder):
     assert "c2VjcmV0" not in ran.out + ran.err
 
 
-def test_flush_with_a_conflict_exits_1(syncer, fresh_supabase, folder):
+def test_flush_merges_a_conflict_by_policy_and_lists_its_record(syncer, fresh_supabase, folder):
     row_id = write_session(folder)
     env = settings(fresh_supabase, folder)
     syncer("flush", env=env)
@@ -70,7 +70,12 @@ def test_flush_with_a_conflict_exits_1(syncer, fresh_supabase, folder):
     with LocalStore.open(folder, tables=SESSION_TABLES) as store:
         store.write([Update("sessions", row_id, {"status": "finalized"})], user_id=USER)
     ran = syncer("flush", "--json", env=env)
-    assert (ran.code, ran.document["conflict"]) == (1, 1)
+    assert (ran.code, ran.document["conflict"], ran.document["applied"]) == (0, 0, 1)
+    assert syncer("conflicts", "list", "--json", env=env).document == []
+    [record] = syncer("conflicts", "list", "--all", "--json", env=env).document
+    assert (record["outcome"], record["mine"], record["theirs"]) == (
+        "remote", {"status": "finalized"}, {"status": "abandoned"},
+    )  # fmt: skip
 
 
 def test_audit_balances_and_finds_a_ledger_row_that_vanished(syncer, fresh_supabase, folder):

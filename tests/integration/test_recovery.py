@@ -15,10 +15,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from local_store import Delete, Insert, LocalStore, Op, Update, user_uuid
+from local_store import Column, Delete, Insert, Op, Update, user_uuid
 from local_store.clock import ManualClock, new_id
 from local_store.ops import Selection
-from syncer.audit import audit
+from syncer import operators
 from syncer.flusher import Flusher
 from syncer.remote import TableRead
 from syncer.replay import ReplayReport, replay
@@ -29,6 +29,7 @@ from syncer.testkit.postgres import find_postgres
 
 USER = "github:42"
 TABLES = [replace(spec, policy="merge") for spec in SESSION_TABLES]
+ANY_STATUS = {**TABLES[0].columns, "status": Column("text")}
 SERVERS = ("created_at", "updated_at")
 
 Make = Callable[..., BufferedApp]
@@ -57,9 +58,7 @@ def learn(app: BufferedApp, row_id: str) -> None:
 
 def replayed(app: BufferedApp, *, settled: bool = True) -> ReplayReport:
     clock, everything = ManualClock(), Selection()
-    flusher = Flusher(
-        app.store, app.remote, clock=clock, jitter=lambda: 0.0, selection=everything
-    )
+    flusher = Flusher(app.store, app.remote, clock=clock, jitter=lambda: 0.0, selection=everything)
     return replay(app.store, flusher, everything, clock, settled=settled)
 
 
@@ -147,24 +146,173 @@ def test_one_container_replays_what_a_restored_server_forgot(buffered_store, dum
     assert replayed(app).applied == 0  # all of it is known by now
 
 
-@pytest.mark.parametrize("first", [0, 1], ids=["writer first", "reader first"])
-def test_two_containers_that_wrote_the_same_rows_in_turn_replay_to_the_same_rows(
+@pytest.mark.parametrize("columns", ["same", "other"])
+def test_two_containers_replay_what_one_wrote_on_top_of_the_other(
+    buffered_store, dump, user_columns, columns
+):
+    first, second = buffered_store(TABLES), buffered_store(TABLES)
+    row_id = session(first, metadata={"n": 0})
+    first.drain()
+    backup = dump()
+    update(first, row_id, metadata={"n": 1})
+    first.drain()
+    learn(second, row_id)
+    update(
+        second, row_id, **({"metadata": {"n": 2}} if columns == "same" else {"status": "abandoned"})
+    )
+    second.drain()
+    before = user_columns()
+    backup.restore()
+    assert replayed(first).complete
+    report = replayed(second)
+    assert (report.complete, report.applied) == (True, 1)
+    assert user_columns() == before
+    balanced(first, second)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_one_value_written_in_turn_is_left_to_a_person_after_a_restore(
     buffered_store, dump, user_columns, first
 ):
+    """Neither buffer knows that the other's writes lay between its own, so both sides are kept."""
     apps = [buffered_store(TABLES), buffered_store(TABLES)]
-    row_id = session(apps[0], metadata={"n": 0})
+    row_id = session(apps[0])
     apps[0].drain()
     backup = dump()
     for n in range(1, 5):
         app = apps[n % 2]
         learn(app, row_id)
-        update(app, row_id, metadata={"n": n})
+        update(app, row_id, finalized_at=f"2026-01-0{n}T00:00:00+00:00")
         app.drain()
     before = user_columns()
     backup.restore()
-    order = [apps[first], apps[1 - first]]
-    print([replayed(app) for app in order])
-    print([replayed(app, settled=False) for app in order])
-    print(user_columns(), before)
+    reports = [replayed(app) for app in (apps[first], apps[1 - first])]
+    assert [(report.conflict, report.remaining) for report in reports] == [(0, 0), (1, 0)]
+    [record] = operators.conflicts(apps[0].remote)
+    days = {side: record[side]["finalized_at"][:10] for side in ("mine", "theirs")}
+    assert sorted(days.values()) == ["2026-01-03", "2026-01-04"]
+    choice = max(days, key=days.__getitem__)
+    results = operators.resolve(apps[0].remote, record["id"], choice)
+    assert {result["verdict"] for result in results} == {"applied"}
     assert user_columns() == before
+    for app in apps:
+        app.store.recheck([entry.txn_id for entry in app.store.entries()])
+        app.drain()
     balanced(*apps)
+
+
+def test_what_was_parked_after_the_backup_is_handed_over_again(buffered_store, dump):
+    app = buffered_store([replace(TABLES[0], columns=ANY_STATUS), *TABLES[1:]])
+    session(app)
+    app.drain()
+    backup = dump()
+    dead = write(app, Insert("sessions", {"status": "bogus"}))
+    app.drain()
+    backup.restore()
+    assert operators.dead_letters(app.remote) == []
+    report = replayed(app)
+    assert (report.remaining, report.rejected) == (0, 0)  # it was known before
+    [letter] = operators.dead_letters(app.remote)
+    assert (letter["txn_id"], letter["state"]) == (dead, "dead")
+    balanced(app)
+
+
+# -- yesterday's copy of a buffer's folder --
+
+
+def copy_closed(app: BufferedApp, target: Path) -> None:
+    app.store.close()
+    shutil.copytree(app.folder, target)
+    app.restart()
+
+
+def copy_open(app: BufferedApp, target: Path) -> None:
+    """Through SQLite's own backup, while the container writes on."""
+    target.mkdir()
+    with (
+        closing(sqlite3.connect(app.folder / "buffer.db")) as source,
+        closing(sqlite3.connect(target / "buffer.db")) as copy,
+    ):
+        source.backup(copy)
+
+
+@pytest.fixture
+def opened(fresh_supabase: LocalSupabase) -> Iterator[Callable[[Path], BufferedApp]]:
+    made: list[BufferedApp] = []
+
+    def open_folder(folder: Path) -> BufferedApp:
+        app = BufferedApp(folder, TABLES, fresh_supabase.url, fresh_supabase.secret_key)
+        made.append(app)
+        return app
+
+    yield open_folder
+    for app in made:
+        app.close()
+
+
+def ids_of(sql_url: str) -> set[str]:
+    with psycopg.connect(sql_url) as sql:
+        return {str(row_id) for (row_id,) in sql.execute("select id from sessions").fetchall()}
+
+
+def parked(url: str) -> int:
+    with psycopg.connect(url) as sql:
+        found = sql.execute("select count(*) from sync.parked").fetchone()
+        assert found is not None
+        return int(found[0])
+
+
+@pytest.mark.parametrize("copied", [copy_closed, copy_open])
+def test_a_restored_copy_of_a_buffer_delivers_beside_its_original(
+    buffered_store, opened, fresh_supabase, tmp_path, copied
+):
+    original = buffered_store(TABLES)
+    rows = [session(original)]
+    original.drain()
+    rows += [session(original), session(original)]  # pending in the copy too
+    update(original, rows[0], status="finalized")
+    copied(original, tmp_path / "restored")
+    rows.append(session(original))
+    original.drain()
+    restored = opened(tmp_path / "restored")
+    assert restored.store.log_id != original.store.log_id
+    rows += [session(restored), session(restored)]
+    update(restored, rows[1], metadata={"from": "the copy"})
+    report = restored.drain()
+    assert (report.duplicate, report.applied, report.rejected, report.conflict) == (3, 3, 0, 0)
+    rows.append(session(original))
+    original.drain()
+    assert ids_of(fresh_supabase.database_url) == set(rows)
+    assert parked(fresh_supabase.database_url) == 0
+    balanced(original, restored)
+
+
+def test_an_older_file_put_back_in_place_starts_a_new_log_where_the_server_knows_its_positions(
+    buffered_store, fresh_supabase, tmp_path
+):
+    app = buffered_store(TABLES)
+    rows = [session(app)]
+    app.drain()
+    app.store.close()
+    yesterday = (app.folder / "buffer.db").read_bytes()
+    app.restart()
+    rows += [session(app), session(app)]
+    app.drain()
+    app.store.close()
+    inode = os.stat(app.folder / "buffer.db").st_ino
+    with (app.folder / "buffer.db").open("r+b") as file:
+        file.write(yesterday)
+        file.truncate()
+    for name in ("buffer.db-wal", "buffer.db-shm"):
+        (app.folder / name).unlink(missing_ok=True)
+    app.restart()
+    assert os.stat(app.folder / "buffer.db").st_ino == inode
+    log_id = app.store.log_id
+    rows += [session(app), session(app), session(app)]  # the first two take known positions
+    update(app, rows[0], status="finalized")
+    report = app.drain()
+    assert (report.applied, report.conflict, report.pending) == (4, 0, 0)
+    assert app.store.log_id != log_id
+    assert ids_of(fresh_supabase.database_url) == set(rows)
+    assert parked(fresh_supabase.database_url) == 0
+    balanced(app)
