@@ -64,10 +64,7 @@ MORE = (
 step = st.tuples(st.sampled_from(STEPS + MORE), st.integers(0, 2), st.integers(0, 7))
 
 
-EXAMPLES = int(os.environ.get("HISTORY_EXAMPLES", "60"))
-
-
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=int(os.environ.get("HISTORY_EXAMPLES", "60")), deadline=None)
 @given(st.lists(step, max_size=45))
 def test_random_correct_runs_have_nothing_to_report(steps: list[tuple[str, int, int]]):
     with tempfile.TemporaryDirectory() as folder, opened(Path(folder), 3) as world:
