@@ -598,6 +598,8 @@ begin
       and (p ->> 'user_id' is null or c.user_id = (p ->> 'user_id')::uuid)
       and (not coalesce((p ->> 'open')::boolean, false)
         or (c.outcome = 'manual' and c.resolved_at is null))
+      and (p ->> 'after_id' is null or (c.recorded_at, c.id)
+        > ((p ->> 'after_at')::timestamptz, (p ->> 'after_id')::uuid))
     order by c.recorded_at, c.id
     limit least(coalesce((p ->> 'limit')::int, 500), 2000)) x;
   return jsonb_build_object('conflicts', v_conflicts);

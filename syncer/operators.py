@@ -116,14 +116,19 @@ def conflicts(
     user_id: str | None = None,
     undecided: bool = True,
 ) -> list[Row]:
-    """Return conflict records, oldest first, at most 500; `undecided` leaves out decided ones."""
+    """Return conflict records, oldest first; `undecided`: those that wait for a decision only."""
     asked: Row = {"limit": PAGE, "open": undecided and conflict_id is None}
     if conflict_id is not None:
         asked["id"] = _id(conflict_id, "no_such_conflict")
     if user_id is not None:
         asked["user_id"] = user_uuid(user_id)
-    found: list[Row] = remote.operate("sync_list_conflicts_v1", asked)["conflicts"]
-    return found
+    found: list[Row] = []
+    while True:
+        page = remote.operate("sync_list_conflicts_v1", asked)["conflicts"]
+        found += page
+        if len(page) < PAGE:
+            return found
+        asked |= {"after_at": page[-1]["recorded_at"], "after_id": page[-1]["id"]}
 
 
 def resolve(remote: SupabaseRemote, conflict_id: str, choice: Choice) -> list[Row]:
@@ -152,7 +157,7 @@ def resolve_edited(
     """
     found = conflicts(remote, conflict_id=conflict_id)
     if not found:
-        raise Declined("no_such_conflict", hint="check the id with `syncer conflicts list --all`")
+        raise Declined("no_such_conflict", hint="check the id with `syncer conflicts list`")
     record = found[0]
     if record["outcome"] != "manual" or record["resolved_at"] is not None:
         raise Declined("already_resolved", hint="see `syncer conflicts show`")

@@ -41,7 +41,7 @@ DECLINED_HINTS = {
     "already_resolved": "somebody decided it before; see `syncer conflicts show`",
     "superseded": "its author deleted the row meanwhile; nothing is left to do",
     "not_parked": "check the id with `syncer dead-letters list`",
-    "no_such_conflict": "check the id with `syncer conflicts list --all`",
+    "no_such_conflict": "check the id with `syncer conflicts list`",
     "row_is_gone": "the row was deleted: take theirs, or write a new row",
 }
 

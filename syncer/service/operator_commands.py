@@ -146,12 +146,14 @@ def discard(
 
 @conflicts_app.command("list")
 def list_conflicts(
-    all_: Annotated[bool, typer.Option("--all", help="Decided and automatic ones too.")] = False,
+    undecided: Annotated[
+        bool, typer.Option("--open", help="Only those that wait for a decision.")
+    ] = False,
     user: User = None,
     json: Json = False,
 ) -> None:
-    """List conflict records, those that wait for a decision unless --all."""
-    found = operators.conflicts(_remote(), user_id=user, undecided=not all_)
+    """List conflict records: automatic ones, decided ones, and those that wait for a decision."""
+    found = operators.conflicts(_remote(), user_id=user, undecided=undecided)
     if json:
         show_document(found)
         return
@@ -161,7 +163,7 @@ def list_conflicts(
         told(f"{record['id']}  {record['table']}/{record['row_id']}")
         told(f"    {columns}: {record['outcome']}{decided}, since {record['recorded_at'][:19]}")
     if not found:
-        told("no conflicts" if all_ else "no conflict waits for a decision")
+        told("no conflict waits for a decision" if undecided else "no conflicts")
 
 
 @conflicts_app.command("show")

@@ -71,8 +71,8 @@ def test_flush_merges_a_conflict_by_policy_and_lists_its_record(syncer, fresh_su
         store.write([Update("sessions", row_id, {"status": "finalized"})], user_id=USER)
     ran = syncer("flush", "--json", env=env)
     assert (ran.code, ran.document["conflict"], ran.document["applied"]) == (0, 0, 1)
-    assert syncer("conflicts", "list", "--json", env=env).document == []
-    [record] = syncer("conflicts", "list", "--all", "--json", env=env).document
+    assert syncer("conflicts", "list", "--open", "--json", env=env).document == []
+    [record] = syncer("conflicts", "list", "--json", env=env).document
     assert (record["outcome"], record["mine"], record["theirs"]) == (
         "remote", {"status": "finalized"}, {"status": "abandoned"},
     )  # fmt: skip

@@ -258,7 +258,7 @@ def test_operators_commands_say_when_supabase_is_unreachable_or_refuses_the_key(
     fresh_supabase.stop_postgrest()
     try:
         assert operator("dead-letters", "retry", "--all").code == 3
-        assert operator("conflicts", "list").code == 3
+        assert operator("conflicts", "list", "--open").code == 3
     finally:
         fresh_supabase.start_postgrest()
 
@@ -304,7 +304,7 @@ def clashed(container, operator) -> Any:
     assert (report.conflict, report.pending) == (1, 0)
     mine.destroy()
     theirs.destroy()
-    [record] = operator("conflicts", "list", "--json").document
+    [record] = operator("conflicts", "list", "--open", "--json").document
     assert (record["txn_id"], record["row_id"]) == (first, row_id)
     return record, child
 
@@ -328,7 +328,7 @@ def test_a_conflict_is_decided_from_a_laptop_and_the_losers_values_stay_readable
     row = row_of(sql, record["row_id"])
     assert (row["status"], row["revision_count"]) == (status, 1)
     assert row["metadata"] == ({"by": "a person"} if resolution == "edited" else {"said": CANARY})
-    [kept] = operator("conflicts", "list", "--all", "--json").document
+    [kept] = operator("conflicts", "list", "--json").document
     assert (kept["id"], kept["resolution"]) == (record["id"], resolution)
     assert (kept["base"], kept["mine"], kept["theirs"]) == (
         {"status": "active"},
@@ -339,11 +339,11 @@ def test_a_conflict_is_decided_from_a_laptop_and_the_losers_values_stay_readable
 
 def test_a_conflict_is_listed_until_it_is_decided_and_decided_once(clashed, operator):
     record, _ = clashed
-    first, second = operator("conflicts", "list").out.splitlines()
+    first, second = operator("conflicts", "list", "--open").out.splitlines()
     assert first == f"{record['id']}  sessions/{record['row_id']}"  # in full: ids are typed again
     assert second.startswith("    status: manual, since ")
     assert operator("conflicts", "resolve", record["id"], "--take", "theirs").code == 0
-    assert operator("conflicts", "list").out == "no conflict waits for a decision\n"
+    assert operator("conflicts", "list", "--open").out == "no conflict waits for a decision\n"
     audit = operator("audit", "--json")
     assert (audit.code, audit.document["balanced"]) == (0, True)
     assert audit.document["total"]["conflict"] + audit.document["total"]["held"] == 0
@@ -356,7 +356,9 @@ def test_a_retry_does_not_decide_a_conflict(clashed, operator, sql):
     ran = operator("dead-letters", "retry", record["txn_id"], child)
     assert (ran.code, "a person must decide" in ran.out) == (1, True)
     assert row_of(sql, record["row_id"])["status"] == "abandoned"
-    assert [r["id"] for r in operator("conflicts", "list", "--json").document] == [record["id"]]
+    assert [r["id"] for r in operator("conflicts", "list", "--open", "--json").document] == [
+        record["id"]
+    ]
 
 
 def test_a_conflict_edited_as_a_dead_letter_waits_for_no_second_decision(clashed, operator, sql):
@@ -368,7 +370,7 @@ def test_a_conflict_edited_as_a_dead_letter_waits_for_no_second_decision(clashed
     ran = operator("dead-letters", "retry", edited.document["txn_id"], "--json")
     assert (ran.code, [r["verdict"] for r in ran.document]) == (0, ["applied"] * 2)
     assert row_of(sql, record["row_id"])["status"] == "abandoned"
-    assert operator("conflicts", "list", "--json").document == []
+    assert operator("conflicts", "list", "--open", "--json").document == []
 
 
 @pytest.mark.parametrize(

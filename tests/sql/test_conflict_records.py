@@ -215,3 +215,13 @@ def test_theirs_takes_the_disputed_keys_only(db, user):
     )  # fmt: skip
     assert results(resolve(db, record, "theirs")) == [("applied", None)]
     assert row_of(db, row_id)["metadata"] == {"x": "theirs", "y": "mine"}
+
+
+def test_records_are_listed_page_by_page(db, user):
+    for _ in range(3):
+        status_conflict(db, user)
+    asked: Row = {"user_id": user, "limit": 2}
+    first, second = db.call("sync_list_conflicts_v1", asked)["conflicts"]
+    asked |= {"after_at": second["recorded_at"], "after_id": second["id"]}
+    [third] = db.call("sync_list_conflicts_v1", asked)["conflicts"]
+    assert len({first["id"], second["id"], third["id"]}) == 3
