@@ -211,12 +211,11 @@ def test_a_conflict_with_an_edit_by_sql_keeps_both_sides(store, flusher, sql):
     sql.execute("update sessions set status = 'abandoned'")
     receipt = store.write([Update("sessions", row_id, {"status": "finalized"})], user_id=USER)
     assert flusher.flush_once().merged == 1
-    assert flusher.flush_once().conflict == 1
+    assert flusher.flush_once().applied == 1
     assert sql.execute("select status from sessions").fetchone() == ("abandoned",)
-    assert store.state(receipt.txn_id) == "conflict"
     query = "select base, mine, theirs, outcome from sync.conflicts where txn_id = %s"
     assert sql.execute(query, (receipt.txn_id,)).fetchone() == (
-        {"status": "active"}, {"status": "finalized"}, {"status": "abandoned"}, "manual",
+        {"status": "active"}, {"status": "finalized"}, {"status": "abandoned"}, "remote",
     )  # fmt: skip
 
 
