@@ -15,7 +15,7 @@ from typing import Literal
 
 from local_store import LocalStore
 from local_store.clock import Clock, SystemClock
-from local_store.ops import PendingTransaction, Row, Selection
+from local_store.ops import Outcome, PendingTransaction, Row, Selection
 from syncer.core.backoff import RetryLimits, honoured_retry_after_s, retry_delay_s
 from syncer.core.batch import Batch, choose, next_turn
 from syncer.core.breaker import Breaker, BreakerState
@@ -25,6 +25,7 @@ from syncer.core.sorting import (
     Sorted,
     SortingLimits,
     conflict_park,
+    evidence_of,
     needs_person,
     park_of,
     rewritten_for,
@@ -44,6 +45,7 @@ from syncer.settings import Settings
 
 Stopped = Literal["empty", "budget", "outage", "auth", "schema"]
 
+SPOILT_RETRY_S = 3_600.0  # what spoils every call is tried again when a limit may have been raised
 TURN_WAIT_S = 0.2  # about one batch: another process is flushing the folder
 
 
@@ -165,6 +167,7 @@ class Flusher:
         batch, undecided = self._next_batch()
         if not batch.transactions and not undecided:
             return self._report(FlushReport(stopped="empty"))
+        self._after_user = next_turn(self._after_user, (*batch.transactions, *undecided))
         report = FlushReport(sent=len(batch.transactions) + len(undecided), stopped="budget")
         try:
             parks = [conflict_park(transaction) for transaction in undecided]
@@ -175,7 +178,6 @@ class Flusher:
                 report = _tally(report, verdicts)
                 found = self._settle(batch.transactions, verdicts)
                 parks += found.refused + self._behind(found)
-                self._after_user = next_turn(self._after_user, batch.transactions)
             if parks:
                 report = self._park(batch, parks, report)
         except SyncError as error:
@@ -300,7 +302,16 @@ class Flusher:
         [only] = batch.transactions
         self._pace = self._pace.after_culprit()
         refusal = Verdict(only.txn_id, "rejected", message=str(error))
-        return self._park(batch, [park_of(only, refusal)], report)
+        try:
+            return self._park(batch, [park_of(only, refusal)], report)
+        except BatchTooLarge:
+            # It can't even be handed over. Kept here as a dead letter, it keeps nobody waiting.
+            evidence = evidence_of(refusal)
+            kept = Outcome(only.txn_id, "dead", reply=evidence, retry_after_s=SPOILT_RETRY_S)
+            self._store.record([kept])
+            return replace(report, rejected=report.rejected + 1)
+        except SyncError as later:
+            return self._after_failure(batch, later, report)
 
     def _report(self, report: FlushReport) -> FlushReport:
         return replace(report, pending=self._store.stats()["pending"], breaker=self.breaker)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from local_store import Insert
 from local_store.clock import ManualClock, new_id
-from syncer.errors import RemoteUnavailable
+from syncer.errors import BatchTooLarge, RemoteUnavailable
 from syncer.flusher import Flusher, FlushLimits, drain
+from tests.simulation.remote_model import RemoteModel
 from tests.unit.test_flusher import (  # noqa: F401  fixtures
     OTHER,
     USER,
@@ -97,3 +98,41 @@ def test_the_server_forgetting_what_was_parked_gets_it_again(store, flusher, ser
     flusher.flush_once()
     assert [entry.state for entry in server.parked.values()] == ["dead"]
     assert store.get("notes", bad, user_id=USER)["_pending"]
+
+
+def test_what_cannot_even_be_handed_over_is_kept_here_and_delays_nobody(store, server, clock):
+    good = [note(store, f"n{number}") for number in range(5)]
+    spoiler = store.write([Insert("notes", {"text": "spoils"})], user_id=USER).txn_id
+
+    class Spoilt(RemoteModel):
+        def apply(self, p_batch):
+            if spoiler in [t["txn_id"] for t in p_batch["transactions"]]:
+                raise BatchTooLarge("413")
+            return super().apply(p_batch)
+
+        def take(self, p):
+            raise BatchTooLarge("413")
+
+    spoilt = Spoilt(server.tables)
+    flusher = Flusher(store, spoilt, clock=clock, jitter=lambda: 0.5)
+    good += [note(store, f"m{number}") for number in range(5)]
+    report = drain(flusher, clock, budget_s=10)
+    assert (report.applied, report.rejected, report.stopped) == (10, 1, "empty")
+    assert all(("notes", row_id) in spoilt.rows for row_id in good)
+    assert store.state(spoiler) == "dead"
+    assert store.reply(spoiler)["message"]
+
+
+def test_an_outage_while_handing_over_keeps_the_transaction_pending(store, server, clock):
+    note(store, "poison")
+    flusher = Flusher(store, server, clock=clock, jitter=lambda: 0.5)
+
+    def cut() -> None:
+        if server.calls == 2:
+            raise RemoteUnavailable("gone between the two calls")
+
+    server.before_call = cut
+    assert flusher.flush_once().stopped == "outage"
+    assert (store.stats()["pending"], server.parked) == (1, {})
+    clock.advance(60)
+    assert flusher.flush_once().rejected == 1
