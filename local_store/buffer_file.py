@@ -1,82 +1,263 @@
-"""The one connection of a process to its buffer file, and the locks around it.
+"""A process's connections to its buffer file, one that writes and one that reads, and the locks.
 
-Every write and every checkpoint of the process goes through this connection, under a thread lock
-and the folder's lock. What SQLite reports comes out in this package's words, and says whether the
-write happened.
+Every write and every checkpoint of the process goes through the first, under a lock of the process
+and the folder's lock; readers have a connection of their own, so that none waits for a sync. What
+SQLite reports comes out in this package's words, and says whether the write happened.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 from pathlib import Path
+from typing import TypeVar
 
 import orjson
 
-from local_store import schema
-from local_store.errors import BufferFull, CommitUnknown, StoreClosed, StoreCorrupt
+from local_store import opening
+from local_store.decoding import RecordDamaged
+from local_store.errors import (
+    BufferFull,
+    CommitUnknown,
+    LocalStoreError,
+    StoreClosed,
+    StoreCorrupt,
+)
+from local_store.fair_lock import FairLock
+from local_store.file_life import FileLife, Upkeep
+from local_store.high_water import HighWater
+from local_store.listing import unlisted
+from local_store.space import Ballast, check_free
 
 _CREATE = os.O_RDWR | os.O_CREAT
+_NAME_BYTES = 16  # a random name per open store
+WAL_FRAMES_MAX = 1_000  # pages, 4 MB: a checkpoint of it takes about 10 ms, between two groups
+
+Found = TypeVar("Found")
 
 
-class BufferFile:
-    """The open buffer file of a folder; `reading` and `transaction` are the two ways in."""
+class BufferFile(FileLife):
+    """The open buffer file of a folder; `read`, `change` and `appending` are the ways in.
 
-    def __init__(self, folder: Path, ids: Callable[[], str], full_retry_after_s: float) -> None:
-        self._path = folder / schema.FILE_NAME
+    `generation` changes whenever the file changed by anything but an appended group of this
+    process: what was remembered of it then is out of date.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        ids: Callable[[], str],
+        full_retry_after_s: float,
+        free_bytes_min: int,
+        upkeep: Upkeep,
+    ) -> None:
+        self._folder = folder
+        self._path = folder / opening.FILE_NAME
         self._ids = ids
         self._full_retry_after_s = full_retry_after_s
-        self._lock = threading.RLock()
+        self._free_bytes_min = free_bytes_min
+        self._upkeep = upkeep
+        self._lock = FairLock()
+        self._read_lock = threading.Lock()
         self._pid = os.getpid()
-        self._lock_fd = os.open(folder / schema.LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
+        self._lock_fd = os.open(folder / opening.LOCK_NAME, _CREATE, 0o600)
+        self._ballast = Ballast(folder)
         self._connection: sqlite3.Connection | None = None
+        self._reader: sqlite3.Connection | None = None
+        self._identity: tuple[int, int] | None = None
+        self._high_water = HighWater(folder)
+        self._damaged: tuple[int, int] | None = None  # the file that must not be used any more
+        self._me = os.urandom(_NAME_BYTES)
+        self._shared = self._share()
+        self._frames = 0  # in the write-ahead log since the last checkpoint, roughly
+        self.generation = 0
+
+    def _share(self) -> mmap.mmap:
+        """Map the lock's file, written first: a hole in it could meet a full disk as a signal."""
+        os.pwrite(self._lock_fd, bytes(_NAME_BYTES), 0)
+        return mmap.mmap(self._lock_fd, _NAME_BYTES)
 
     def open(self) -> None:
         """Open or create the file; what was found in it is durable when this returns."""
-        with self._lock:
-            self._connect()
+        with self._lock, opening.folder_lock(self._lock_fd), self._cleanly():
+            try:
+                with self._cleanly():
+                    self._connect()
+            except (RecordDamaged, StoreCorrupt):  # not in a record: in what tells of the file
+                self._damaged = self._identity_on_disk()
+                self._connect()
 
     def close(self) -> None:
         """Close the file; everything acknowledged is already durable."""
         if self._pid != os.getpid():
-            return  # after a fork the file, and the lock that both share, are the parent's
+            self._leak()  # after a fork the file, and the lock that both share, are the parent's
+            return
         with self._lock:
-            connection, self._connection = self._connection, None
             lock_fd, self._lock_fd = self._lock_fd, -1
-            if connection is not None:
-                with schema.folder_lock(lock_fd):  # the last one to close checkpoints
-                    connection.close()
-            if lock_fd >= 0:
-                os.close(lock_fd)
+            if lock_fd < 0:
+                return
+            with opening.folder_lock(lock_fd):  # the last one to close checkpoints
+                self._give_up()
+            self._high_water.close()
+            self._shared.close()
+            os.close(lock_fd)
 
-    @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """Hand out the connection for reads."""
+    def read(self, ask: Callable[[sqlite3.Connection], Found]) -> Found:
+        """Return what `ask` finds in one consistent state of the file, the newest durable one."""
         self._check_process()
-        with self._lock, self._cleanly():
-            yield self._opened()
+        return self._healing(lambda: self._read(ask))
 
-    @contextmanager
-    def transaction(self, what: str) -> Iterator[sqlite3.Connection]:
-        """Run the body in one SQLite transaction; durable when the block has ended.
+    def change(self, what: str, body: Callable[[sqlite3.Connection], Found]) -> Found:
+        """Return what `body` returns once what it did, in one SQLite transaction, is durable.
 
-        `what` names the transaction in a CommitUnknown.
+        `what` names the transaction in a CommitUnknown. On a full disk it has the ballast's room.
         """
+        try:
+            return self._healing(lambda: self._change(what, body))
+        except BufferFull:  # the ballast is gone now
+            return self._change(what, body)
+
+    def _healing(self, attempt: Callable[[], Found]) -> Found:
+        """Set aside what is damaged and try again: first records, then the file."""
+        try:
+            return attempt()
+        except RecordDamaged:
+            self._quarantine()
+        except StoreCorrupt:
+            pass  # given up already: the next look carries over what is intact
+        try:
+            return attempt()
+        except (RecordDamaged, StoreCorrupt):
+            self._give_up_damaged()
+        try:
+            return attempt()
+        except RecordDamaged:
+            raise StoreCorrupt(self._path, "what was carried over is damaged again") from None
+
+    def _change(self, what: str, body: Callable[[sqlite3.Connection], Found]) -> Found:
+        with self._transaction(what) as connection:
+            self._upkeep.list_new(connection)
+            found = body(connection)
+        self.checkpoint()
+        return found
+
+    def _quarantine(self) -> None:
+        with self._transaction("a quarantine") as connection:
+            self._upkeep.mend(connection)
+
+    def list_behind(self) -> None:
+        """Make findable what was appended; a failure is left to those who look."""
+        with suppress(LocalStoreError, RecordDamaged), self._locked() as connection:
+            self._list_unsynced(connection)
+
+    def _read(self, ask: Callable[[sqlite3.Connection], Found]) -> Found:
+        with self._read_lock, self._cleanly():
+            if self._reader is not None:
+                self._reader.execute("BEGIN")
+                try:
+                    if not unlisted(self._reader):
+                        return ask(self._reader)
+                finally:
+                    self._reader.execute("ROLLBACK")
+        return self._read_behind(ask)
+
+    def _read_behind(self, ask: Callable[[sqlite3.Connection], Found]) -> Found:
+        """Make the newest findable, and read in that very state, whatever follows meanwhile."""
+        with ExitStack() as reading, self._cleanly():
+            with self._locked() as connection:
+                try:
+                    self._list_unsynced(connection)
+                except sqlite3.OperationalError:
+                    return self._read_unlisted(connection, ask)
+                reading.enter_context(self._read_lock)
+                reader = self._reader
+                assert reader is not None
+                reader.execute("BEGIN")
+                reading.callback(reader.execute, "ROLLBACK")
+                unlisted(reader)  # the first look fixes the state
+            return ask(reader)
+
+    def _read_unlisted(
+        self, connection: sqlite3.Connection, ask: Callable[[sqlite3.Connection], Found]
+    ) -> Found:
+        """Read on a full or failing disk: what would be written is undone before it is."""
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            self._upkeep.list_new(connection)
+            return ask(connection)
+        finally:
+            connection.rollback()
+
+    @contextmanager
+    def _transaction(self, what: str) -> Iterator[sqlite3.Connection]:
+        with self._locked() as connection:
+            changes = connection.total_changes
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException as error:
+                self._undo(connection, error)
+                raise
+            finally:
+                self.generation += 1
+            self._frames += 3 + (connection.total_changes - changes) // 2
+            self._commit(connection, what)
+
+    def append(self, body: Callable[[sqlite3.Connection], Found], size_bytes: int) -> Found:
+        """Return what `body`, which only appends about `size_bytes`, returns, once it is durable.
+
+        What is remembered of the file stays valid. Refused before the disk is full to the brim.
+        """
+        return self._healing(lambda: self._append(body, size_bytes))
+
+    def acknowledged(self, log_id: str, seq: int) -> None:
+        """Note outside the file how far the newest log is durable."""
+        self._high_water.write(log_id, seq)
+
+    def _append(self, body: Callable[[sqlite3.Connection], Found], size_bytes: int) -> Found:
+        with self._locked() as connection:
+            check_free(self._folder, self._free_bytes_min, self._full_retry_after_s)
+            changes = connection.total_changes
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                found = body(connection)
+            except BaseException as error:
+                self._undo(connection, error)
+                raise
+            # SQLite doesn't tell how long its log is; some changed rows share a page.
+            self._frames += 3 + (connection.total_changes - changes) // 2 + size_bytes // 4_096
+            self._commit(connection, "a group")
+            return found
+
+    @contextmanager
+    def _locked(self) -> Iterator[sqlite3.Connection]:
+        """Hold both locks, with the file that the folder leads to open."""
         self._check_process()
         with self._lock, self._cleanly():
-            connection = self._opened()
-            with schema.folder_lock(self._lock_fd):
-                connection.execute("BEGIN IMMEDIATE")
-                try:
-                    yield connection
-                except BaseException:
-                    connection.rollback()
-                    raise
-                self._commit(connection, what)
+            if self._lock_fd < 0:
+                raise StoreClosed("this store is closed")
+            with opening.folder_lock(self._lock_fd):
+                connection = self._opened()
+                self._note_others()
+                yield connection
+
+    def checkpoint(self) -> None:
+        """Move the write-ahead log into the file once it has grown; a failure is no one's loss."""
+        if self._frames < WAL_FRAMES_MAX:
+            return
+        with self._lock, suppress(sqlite3.Error, OSError):
+            if self._connection is None or self._pid != os.getpid():
+                return
+            self._frames = 0
+            with opening.folder_lock(self._lock_fd):
+                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            self._ballast.restore(self._free_bytes_min)
 
     @contextmanager
     def flushing(self) -> Iterator[bool]:
@@ -87,7 +268,7 @@ class BufferFile:
         self._check_process()
         if self._lock_fd < 0:
             raise StoreClosed("this store is closed")
-        descriptor = os.open(self._path.parent / schema.FLUSHER_LOCK_NAME, _CREATE, 0o600)
+        descriptor = os.open(self._folder / opening.FLUSHER_LOCK_NAME, _CREATE, 0o600)
         try:
             try:
                 flock(descriptor, LOCK_EX | LOCK_NB)
@@ -104,31 +285,44 @@ class BufferFile:
         finally:
             os.close(descriptor)
 
-    def _connect(self) -> None:
-        with schema.folder_lock(self._lock_fd), self._cleanly():
-            self._connection = schema.open_file(self._path, self._ids())
-
     def _opened(self) -> sqlite3.Connection:
-        if self._lock_fd < 0:
-            raise StoreClosed("this store is closed")
-        if self._connection is None:  # given up after a failed commit
+        """Return the writing connection; both locks are held."""
+        if self._damaged is not None:
+            self._give_up()
+        if self._connection is None:  # at first, and when it was given up
             self._connect()
         assert self._connection is not None
         return self._connection
+
+    def _give_up_damaged(self) -> None:
+        """Let the next look carry over what is intact, unless another process did so meanwhile."""
+        with self._lock:
+            self._damaged = self._identity
+            self._give_up()
+
+    def _note_others(self) -> None:
+        """Notice that another process, or another store of this one, wrote since our last look.
+
+        The lock's file names who held it last; asking SQLite would cost as much as a small insert.
+        """
+        if self._shared[:] != self._me:
+            self._shared[:] = self._me
+            self.generation += 1
 
     def _commit(self, connection: sqlite3.Connection, what: str) -> None:
         try:
             connection.execute("COMMIT")
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-                connection.rollback()
+                self._undo(connection, error)
                 raise
             # After a failed fsync the page cache may claim what the disk never got, so nothing
-            # this handle says can be trusted. The next call opens the file afresh; if the disk
+            # these handles say can be trusted. The next call opens the file afresh; if the disk
             # still fails then, that call is refused and the one after it tries again.
-            self._connection = None
-            connection.close()
+            self._give_up()
             raise CommitUnknown(what, str(error)) from error
+        if not self._is_found():
+            self._follow(what)
 
     @contextmanager
     def _cleanly(self) -> Iterator[None]:
@@ -139,13 +333,29 @@ class BufferFile:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
                 full = BufferFull(self._full_retry_after_s, "the disk is full")
                 raise full from error
-            clean = schema.clean_error(self._path, error)
+            if opening.is_undecodable(error):
+                raise RecordDamaged from error  # the original message quotes users' data
+            clean = opening.clean_error(self._path, error)
             if clean is None:
                 raise
-            raise clean from None if isinstance(clean, StoreCorrupt) else error
+            if isinstance(clean, StoreCorrupt):
+                self._damaged = self._identity
+            raise clean from error
 
     def _check_process(self) -> None:
         """Refuse after a fork, before the lock: another thread may have held it at that moment."""
         if self._pid != os.getpid():
             # SQLite's locks don't survive a fork: acknowledgements here would go nowhere.
+            self._leak()
             raise StoreClosed("this store was opened before a fork; open the folder again")
+
+    def _leak(self) -> None:
+        """Keep a forked child from ever closing what is its parent's.
+
+        The last connection to close deletes the write-ahead log, and in the child SQLite takes
+        itself for the last.
+        """
+        for opened in (self._connection, self._reader):
+            if opened is not None:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(opened))
+        self._connection = self._reader = None

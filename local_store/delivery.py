@@ -8,17 +8,21 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from local_store import chains as chains_
-from local_store import due, op_log, reopening, rows, schema
+from local_store import due, housekeeping, integrity, op_log, reopening, rows, schema
 from local_store.buffer_file import BufferFile
 from local_store.clock import Clock, isoformat
+from local_store.decoding import RecordDamaged
 from local_store.door import canonical_uuid, lookup_id
 from local_store.errors import InvalidWrite
+from local_store.limits import StoreLimits
 from local_store.ops import (
+    SETTLED,
     UNSETTLED,
     Chains,
     HeldRow,
@@ -32,37 +36,7 @@ from local_store.ops import (
     TransactionState,
     user_uuid,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """The running counts of a buffer file."""
-
-    last_position: int
-    log: int
-    last_seq: int
-    change_counter: int
-    unsettled: int
-    unsettled_bytes: int
-
-
-def read_totals(connection: sqlite3.Connection) -> Totals:
-    """Return the running counts."""
-    found = connection.execute(
-        "SELECT last_position, log, last_seq, change_counter, unsettled, unsettled_bytes"
-        " FROM totals"
-    ).fetchone()
-    return Totals(*found)
-
-
-def next_counter(connection: sqlite3.Connection) -> int:
-    """Advance the change counter in the open transaction and return it."""
-    found = connection.execute(
-        "UPDATE totals SET change_counter = change_counter + 1 WHERE only = 1"
-        " RETURNING change_counter"
-    ).fetchone()
-    return int(found[0])
-
+from local_store.views import split_name
 
 RECORD_MAX = 100  # outcomes at once: writers wait for about 10 ms meanwhile
 
@@ -71,6 +45,7 @@ class Delivery:
     """What a flusher, a replay or an audit asks of the buffer."""
 
     _tables: Mapping[str, TableSpec]
+    _limits: StoreLimits
     _clock: Clock
     _ids: Callable[[], str]
     _file: BufferFile
@@ -94,17 +69,22 @@ class Delivery:
         asked about follow. At least one is returned when any is due: one that is larger than
         `bytes_max` goes alone.
         """
-        with self._file.reading() as connection:
-            now_s = self._clock.now().timestamp()
+        now_s = self._clock.now().timestamp()
+
+        def ask(connection: sqlite3.Connection) -> list[PendingTransaction]:
             asked = due.Due(connection, now_s, selection, transactions_max, bytes_max)
-            return due.pending(connection, self._tables, asked, after_user)
+            found = due.pending(connection, self._tables, asked, after_user)
+            if not found and not integrity.is_consistent(connection):
+                raise RecordDamaged  # something is undelivered and can't be found
+            return found
+
+        return self._file.read(ask)
 
     def undelivered(
         self, selection: Selection | None = None, *, limit: int = 500
     ) -> list[PendingTransaction]:
         """Return the oldest undelivered transactions of all logs, due or not, for a person."""
-        with self._file.reading() as connection:
-            return due.undelivered(connection, self._tables, selection, limit)
+        return self._file.read(lambda c: due.undelivered(c, self._tables, selection, limit))
 
     def record(self, outcomes: Sequence[Outcome]) -> None:
         """Write down what the server said, in order, at most 100 outcomes to a SQLite transaction.
@@ -113,28 +93,40 @@ class Delivery:
         middle: what isn't recorded is sent again and comes back as a duplicate.
         """
         if not outcomes:
-            with self._file.reading():
-                return  # no fsync for nothing, but a closed store says so
+            self._file.read(schema.read_log_id)  # no sync for nothing; a closed store says so
         for start in range(0, len(outcomes), RECORD_MAX):
-            self._record(outcomes[start : start + RECORD_MAX])
+            self._file.change(
+                "a recorded reply", partial(self._record, outcomes[start : start + RECORD_MAX])
+            )
 
-    def _record(self, outcomes: Sequence[Outcome]) -> None:
-        now = self._clock.now()
-        with self._file.transaction("a recorded reply") as connection:
-            counter = next_counter(connection)
-            for outcome in outcomes:
-                change = op_log.record(connection, outcome, isoformat(now), now.timestamp())
-                if change is None:
-                    continue
-                versions = outcome.versions
-                if outcome.state == "applied":
-                    versions = reopening.remember(connection, outcome)
-                rows.settle_versions(connection, versions, counter)
-                self._learn(connection, outcome)
-                for name, row in outcome.rows.items():
-                    table, _, row_id = name.partition("/")
-                    chains_.rebuild(connection, self._tables, (table, row_id), row, counter)
-                _count(connection, *change)
+    def _record(self, outcomes: Sequence[Outcome], connection: sqlite3.Connection) -> None:
+        counter = op_log.next_counter(connection)
+        for outcome in outcomes:
+            found = op_log.open_transaction(connection, outcome.txn_id)
+            if found is not None:  # a late copy of an older reply can't reopen what is settled
+                self._settle(connection, found, outcome, counter)
+
+    def _settle(
+        self, connection: sqlite3.Connection, found: op_log.Found, outcome: Outcome, counter: int
+    ) -> None:
+        now, tables = self._clock.now(), self._tables
+        came_to_nothing = outcome.state in SETTLED and outcome.state != "applied"
+        changed = {split_name(name) for name in outcome.rows}
+        if came_to_nothing:
+            changed |= chains_.touched(connection, found.position)
+        before = rows.views(connection, tables, changed)
+        op_log.record(connection, found, outcome, isoformat(now), now.timestamp())
+        versions = outcome.versions
+        if outcome.state == "applied":
+            versions = reopening.remember(connection, outcome)
+            rows.settle(connection, tables, found.position, counter)
+        elif came_to_nothing:
+            rows.drop(connection, tables, found.position, counter)
+        rows.note_versions(connection, versions, counter)
+        self._learn(connection, outcome)
+        for name, row in outcome.rows.items():
+            chains_.rebuild(connection, tables, split_name(name), row, counter)
+        chains_.number(connection, tables, before, counter)
 
     def _learn(self, connection: sqlite3.Connection, outcome: Outcome) -> None:
         """Fill in columns that were left to the server: later merges must know their values."""
@@ -145,23 +137,60 @@ class Delivery:
                 continue
             # A whole row tells of defaults only while it is at the version this one left.
             if row.get(spec.version) in (None, outcome.versions.get(name)):
-                chains_.learn(connection, spec, row_id, row)
+                chains_.learn(connection, self._tables, spec, row_id, row)
+
+    def tidy(self) -> int:
+        """Let go of settled transactions past their time and of clean rows above the limit.
+
+        At most 200 of each; returns how many went. For the end of each pass of a flusher.
+        """
+        limits = self._limits
+        before = isoformat(self._clock.now() - timedelta(seconds=limits.settled_retention_s))
+        if not self._file.read(
+            lambda c: housekeeping.is_due(c, before, limits.cache_bytes_max, limits.file_bytes_max)
+        ):
+            return 0  # no sync for nothing
+
+        def change(connection: sqlite3.Connection) -> int:
+            compacted = housekeeping.compact(connection, before, limits.file_bytes_max)
+            return compacted + housekeeping.evict(connection, limits.cache_bytes_max)
+
+        return self._file.change("housekeeping", change)
+
+    def damage(self) -> dict[str, Any]:
+        """Return what this buffer lost, as far as it knows: all zero and empty in good order.
+
+        `quarantined` records failed their checksum; `lost` were acknowledged and are missing at
+        the end of a log; `files` names what lies in the folder's quarantine.
+        """
+        found = self._file.read(integrity.damage)
+        return {**found, "files": self._file.quarantined_files()}
+
+    def backup(self, target: str | Path) -> None:
+        """Write a consistent copy of the buffer, taken while writes go on, to a new file.
+
+        Durable when it returns; mode 0600. Opened as the buffer.db of a folder it starts a log of
+        its own. Raises FileExistsError, OSError; StoreCorrupt when the copy isn't sound.
+        """
+        self._file.backup(Path(target))
 
     def recheck(self, txn_ids: Iterable[str]) -> None:
         """Ask about these parked transactions in the next pass: something was decided."""
-        with self._file.transaction("a recheck") as connection:
-            op_log.recheck(connection, txn_ids)
+        self._file.change("a recheck", lambda c: op_log.recheck(c, list(txn_ids)))
 
     def parked_among(self, txn_ids: Sequence[str]) -> set[str]:
         """Return which of these transactions the server keeps parked, as far as is known here."""
-        with self._file.reading() as connection:
-            return op_log.parked_among(connection, txn_ids)
+        return self._file.read(lambda c: op_log.parked_among(c, txn_ids))
 
     def chains(self, keys: Iterable[tuple[str, str]], *, user_id: str) -> Chains:
         """Return every unsettled transaction of a user that touches one of the rows, in order."""
-        with self._file.reading() as connection:
-            token = read_totals(connection).change_counter
-            return chains_.load(connection, keys, user_uuid(user_id), token)
+        asked, author = list(keys), user_uuid(user_id)
+
+        def load(connection: sqlite3.Connection) -> Chains:
+            token = op_log.read_marks(connection).change_counter
+            return chains_.load(connection, self._tables, asked, author, token)
+
+        return self._file.read(load)
 
     def rebase(
         self, chains: Chains, rewritten: Sequence[Rewritten], rows: Mapping[str, Row | None]
@@ -172,25 +201,31 @@ class Delivery:
         changes nothing, when one of the rows was written to since `chains` were read, or one of the
         transactions settled or was parked: then read again.
         """
-        with self._file.transaction("a rebase") as connection:
-            counter = next_counter(connection)
-            change = chains_.rebase(connection, self._tables, chains, rewritten, rows, counter)
-            if change is not None:
-                _count(connection, 0, change)
-            return change is not None
+
+        def change(connection: sqlite3.Connection) -> bool:
+            counter = op_log.next_counter(connection)
+            more = chains_.rebase(connection, self._tables, chains, rewritten, rows, counter)
+            if more is not None:
+                op_log.close(connection, 0, -more)
+            return more is not None
+
+        return self._file.change("a rebase", change)
 
     def start_new_log(self, txn_ids: Sequence[str] = ()) -> str:
         """Start a new log in this file and return its id: the server knows the old one as forked.
 
         The given undelivered transactions, and the later ones of their logs, move there in order.
         """
-        log_id = self._ids()
-        with self._file.transaction("a new log") as connection:
+        log_id, moving = self._ids(), list(txn_ids)
+
+        def change(connection: sqlite3.Connection) -> str:
             ordinal = schema.start_log(connection, log_id)
-            if txn_ids:
-                moved = op_log.renumber(connection, txn_ids, ordinal)
+            if moving:
+                moved = op_log.renumber(connection, moving, ordinal)
                 connection.execute("UPDATE totals SET last_seq = ?", (moved,))
-        return log_id
+            return log_id
+
+        return self._file.change("a new log", change)
 
     def reopen(self, selection: Selection) -> int:
         """Make applied transactions pending again; returns how many.
@@ -198,10 +233,13 @@ class Delivery:
         For a server that was restored from an older backup: what it forgot is applied again, what
         it knows comes back as a duplicate. Local rows keep their content meanwhile.
         """
-        with self._file.transaction("a reopening") as connection:
-            count, size_bytes = reopening.reopen(connection, selection)
-            _count(connection, count, size_bytes)
-        return count
+
+        def change(connection: sqlite3.Connection) -> int:
+            count, size_bytes = reopening.reopen(connection, self._tables, selection)
+            op_log.close(connection, -count, -size_bytes)
+            return count
+
+        return self._file.change("a reopening", change)
 
     def count(
         self,
@@ -209,46 +247,39 @@ class Delivery:
         states: Sequence[TransactionState] = UNSETTLED,
     ) -> int:
         """Return how many transactions in these states are selected; parked ones don't count."""
-        with self._file.reading() as connection:
-            return op_log.count(connection, selection, states)
+        return self._file.read(lambda c: op_log.count(c, selection, states))
 
     def state(self, txn_id: str) -> TransactionState | None:
         """Return where a transaction stands; None when it was never accepted here."""
-        with self._file.reading() as connection:
-            return op_log.state_of(connection, canonical_uuid(txn_id) or "")
+        return self._file.read(lambda c: op_log.state_of(c, canonical_uuid(txn_id) or ""))
 
     def reply(self, txn_id: str) -> Any:
         """Return the server's evidence kept with a transaction that it didn't apply, or None."""
-        with self._file.reading() as connection:
-            return op_log.reply_of(connection, txn_id)
+        return self._file.read(lambda c: op_log.reply_of(c, txn_id))
 
     def transactions_of(
         self, table: str, id: str, *, user_id: str
     ) -> list[tuple[str, int, TransactionState]]:
         """Return (txn_id, seq, state) of what isn't settled on a row or its children."""
         row_id = lookup_id(self._spec(table), id) or ""
-        with self._file.reading() as connection:
-            return op_log.unsettled_of(connection, table, row_id, user_uuid(user_id))
+        return self._file.read(lambda c: op_log.unsettled_of(c, table, row_id, user_uuid(user_id)))
 
     def entries(
         self, *, log_id: str | None = None, after_seq: int = 0, limit: int = 5_000
     ) -> list[LogEntry]:
         """Return a log (None: the newest) without its ops, in seq order, for an audit."""
-        with self._file.reading() as connection:
-            return op_log.entries(connection, log_id, after_seq, limit)
+        return self._file.read(lambda c: op_log.entries(c, log_id, after_seq, limit))
 
     def clean_rows(self, *, after: int = 0, limit: int = 500) -> list[tuple[int, HeldRow]]:
         """Return (position, row) of rows without pending changes, for an audit of content."""
-        with self._file.reading() as connection:
-            return rows.clean_rows(connection, self._tables, after, limit)
+        return self._file.read(lambda c: rows.clean_rows(c, self._tables, after, limit))
 
     def logs(self) -> list[dict[str, Any]]:
         """Return log_id, last_seq, pending, parked, bytes, oldest_age_s of each log, newest last.
 
         A file that was copied or restored from elsewhere has more than one.
         """
-        with self._file.reading() as connection:
-            found = op_log.logs(connection)
+        found = self._file.read(op_log.logs)
         return [{**log, "oldest_age_s": self._age_s(log.pop("oldest"))} for log in found]
 
     def stats(self) -> dict[str, Any]:
@@ -256,16 +287,18 @@ class Delivery:
 
         log_id and last_seq are the newest log's, the counts are of the whole file.
         """
-        with self._file.reading() as connection:
-            totals = read_totals(connection)
-            return {
-                "log_id": schema.read_log_id(connection),
-                "last_seq": totals.last_seq,
-                "pending": totals.unsettled,
-                "parked": sum(op_log.count_parked(connection).values()),
-                "bytes": totals.unsettled_bytes,
-                "oldest_age_s": self._age_s(op_log.oldest_undelivered(connection)),
-            }
+        return self._file.read(self._stats)
+
+    def _stats(self, connection: sqlite3.Connection) -> dict[str, Any]:
+        marks = op_log.read_marks(connection)
+        return {
+            "log_id": schema.read_log_id(connection),
+            "last_seq": marks.seq,
+            "pending": marks.undelivered,
+            "parked": sum(op_log.count_parked(connection).values()),
+            "bytes": marks.undelivered_bytes,
+            "oldest_age_s": self._age_s(op_log.oldest_undelivered(connection)),
+        }
 
     def _age_s(self, accepted_at: str | None) -> float | None:
         if accepted_at is None:
@@ -278,10 +311,3 @@ class Delivery:
         if spec is None:
             raise InvalidWrite(table, "table", "not a registered table")
         return spec
-
-
-def _count(connection: sqlite3.Connection, transactions: int, size_bytes: int) -> None:
-    connection.execute(
-        "UPDATE totals SET unsettled = unsettled + ?, unsettled_bytes = unsettled_bytes + ?",
-        (transactions, size_bytes),
-    )

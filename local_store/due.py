@@ -12,19 +12,24 @@ from typing import Any
 
 import orjson
 
-from local_store.door import decode_ops
-from local_store.op_log import DUE_AHEAD_MAX_S, IS_UNDELIVERED, narrowing
+from local_store.decoding import RecordDamaged, decode_before, decode_ops
+from local_store.op_log import DUE_AHEAD_MAX_S, narrowing, touched_by
 from local_store.ops import PendingTransaction, Selection, TableSpec, WireOp
+from local_store.rows import base_of
+from local_store.schema import SETTLED, intact
 
 USERS_MAX = 50  # in one batch: the server changes its role once for each
 QUOTA_MIN = 10  # and several transactions of one author in a row are what it is fast at
 PARKED_MAX = 50  # questions about parked work in one batch
 
-_IS_DUE = "(due_at <= ? OR due_at > ?)"
 _COLUMNS = (
-    "position, seq, txn_id, user_id, digest, accepted_at, ops, before, children, records, bases,"
-    " size_bytes, attempts, parked, held_since"
+    "l.position, l.seq, l.txn_id, l.user_id, l.digest, l.accepted_at, l.ops, l.before, l.children,"
+    " l.records, l.bases, l.size_bytes, l.attempts, l.parked, l.held_since, l.schemas,"
+    f" {intact('l.')}"
 )
+_IS_DUE = "(t.due_at <= ? OR t.due_at > ?)"
+_ASKS = "l.parked = 1 AND (l.due_at <= ? OR l.due_at > ?)"
+_TURNS = "turns t CROSS JOIN op_log l ON l.position = t.position"
 Found = tuple[Any, ...]
 
 
@@ -50,9 +55,12 @@ class Due:
 
     def log(self) -> int | None:
         """Return the log of the oldest due transaction, parked ones last; None when none is due."""
-        for which, order in ((IS_UNDELIVERED, "position"), ("parked = 1", "log, position")):
+        for source, condition, order in (
+            (_TURNS, _IS_DUE, "t.position"),
+            ("op_log l", _ASKS, "l.log, l.position"),
+        ):
             found = self._connection.execute(
-                f"SELECT log FROM op_log WHERE {which} AND {_IS_DUE}{self._narrowed}"
+                f"SELECT l.log FROM {source} WHERE {condition}{self._narrowed}"
                 f" ORDER BY {order} LIMIT 1",
                 (*self._when, *self._values),
             ).fetchone()
@@ -85,7 +93,7 @@ class Due:
         room = min(PARKED_MAX, self._transactions_max - len(self.found))
         if room > 0 and not self._full:
             self._add(
-                f"log = ? AND parked = 1 AND {_IS_DUE}{self._narrowed} ORDER BY position",
+                f"op_log l WHERE l.log = ? AND {_ASKS}{self._narrowed} ORDER BY l.position",
                 (log, *self._when, *self._values),
                 room,
             )
@@ -108,8 +116,8 @@ class Due:
 
     def _is_due(self, txn_id: str) -> bool:
         found = self._connection.execute(
-            f"SELECT 1 FROM op_log WHERE txn_id = ? AND {IS_UNDELIVERED} AND {_IS_DUE}"
-            f"{self._narrowed}",
+            f"SELECT 1 FROM names n CROSS JOIN {_TURNS} WHERE n.txn_id = ?"
+            f" AND t.position = n.position AND {_IS_DUE}{self._narrowed}",
             (txn_id, *self._when, *self._values),
         ).fetchone()
         return found is not None
@@ -123,9 +131,7 @@ class Due:
             user_id = low
             while True:
                 found = self._connection.execute(
-                    f"SELECT min(user_id) FROM op_log WHERE {IS_UNDELIVERED} AND log = ?"
-                    " AND user_id > ?",
-                    (log, user_id),
+                    "SELECT min(user_id) FROM turns WHERE log = ? AND user_id > ?", (log, user_id)
                 ).fetchone()
                 user_id = found[0]
                 if user_id is None or (high is not None and user_id > high):
@@ -137,17 +143,21 @@ class Due:
         known = len(self.found)
         count = min(count, self._transactions_max - known)
         self._add(
-            f"log = ? AND user_id = ? AND position > ? AND {IS_UNDELIVERED}"
-            f" AND {_IS_DUE}{self._narrowed} ORDER BY position",
+            f"{_TURNS} WHERE t.log = ? AND t.user_id = ? AND t.position > ? AND {_IS_DUE}"
+            f"{self._narrowed} ORDER BY t.position",
             (log, user_id, after, *self._when, *self._values),
             count,
         )
         return None if len(self.found) == known else int(self.found[-1][0])
 
-    def _add(self, where: str, values: Sequence[object], count: int) -> None:
+    def _add(self, source: str, values: Sequence[object], count: int) -> None:
         """At least one transaction is taken: one that is larger than the limit goes alone."""
-        statement = f"SELECT {_COLUMNS} FROM op_log WHERE {where} LIMIT ?"
+        if count <= 0 or self._full:
+            return
+        statement = f"SELECT {_COLUMNS} FROM {source} LIMIT ?"
         for row in self._connection.execute(statement, (*values, count)):
+            if not row[16]:
+                raise RecordDamaged
             self._bytes += row[11]
             if self.found and self._bytes > self._bytes_max:
                 self._full = True
@@ -182,8 +192,8 @@ def undelivered(
     """Return what is undelivered of all logs, due or not, by position; parked work isn't."""
     narrowed, values = narrowing(selection)
     found = connection.execute(
-        f"SELECT {_COLUMNS}, (SELECT log_id FROM logs WHERE ordinal = log) FROM op_log"
-        f" WHERE {IS_UNDELIVERED}{narrowed} ORDER BY position LIMIT ?",
+        f"SELECT {_COLUMNS}, (SELECT log_id FROM logs WHERE ordinal = l.log) FROM {_TURNS}"
+        f" WHERE true{narrowed} ORDER BY t.position LIMIT ?",
         (*values, limit),
     ).fetchall()
     return [_complete(connection, tables, row[-1], row[:-1]) for row in found]
@@ -193,8 +203,12 @@ def _complete(
     connection: sqlite3.Connection, tables: Mapping[str, TableSpec], log_id: str, row: Found
 ) -> PendingTransaction:
     position, seq, txn_id, user_id, digest, accepted_at, encoded, before, children = row[:9]
-    records, stored, size_bytes, attempts, parked, held_since = row[9:]
-    ops = decode_ops(encoded)
+    records, stored, size_bytes, attempts, parked, held_since, schemas, is_intact = row[9:]
+    if not is_intact:
+        raise RecordDamaged
+    ops = decode_ops(encoded, schemas, tables)
+    taken_along = orjson.loads(children)
+    _check_touches(connection, tables, position, ops, taken_along)
     known = None if stored is None else orjson.loads(stored)
     bases, chained, after = _predecessors(connection, tables, position, ops, known)
     return PendingTransaction(
@@ -211,12 +225,30 @@ def _complete(
         attempts=attempts,
         position=position,
         log_id=log_id,
-        before=tuple(orjson.loads(before)),
-        children=tuple(orjson.loads(children)),
+        before=decode_before(before, ops, schemas, tables),
+        children=tuple(taken_along),
         records=tuple(orjson.loads(records)),
         parked=bool(parked),
         held_since=held_since,
     )
+
+
+def _check_touches(
+    connection: sqlite3.Connection,
+    tables: Mapping[str, TableSpec],
+    position: int,
+    ops: Sequence[WireOp],
+    children: Sequence[Mapping[str, str | None] | None],
+) -> None:
+    """Send nothing whose touches don't say what the record says: what goes before it may be wrong.
+
+    Touches have no checksum of their own; they can be made again from the log.
+    """
+    found = connection.execute(
+        f"SELECT tbl, id FROM touches WHERE position = ? AND stage <> {SETTLED}", (position,)
+    ).fetchall()
+    if set(found) != touched_by(tables, ops, children).keys():
+        raise RecordDamaged
 
 
 def _predecessors(
@@ -250,7 +282,7 @@ def _predecessors(
             bases.append(None)
         else:
             name = f"{op.table}/{op.id}"
-            bases.append(_base(connection, key) if stored is None else stored.get(name))
+            bases.append(base_of(connection, key) if stored is None else stored.get(name))
         seen.add(key)
     return tuple(bases), tuple(chained), tuple(after)
 
@@ -258,12 +290,8 @@ def _predecessors(
 def _last_touch(connection: sqlite3.Connection, key: tuple[str, str], position: int) -> list[str]:
     found = connection.execute(
         "SELECT l.txn_id FROM touches t JOIN op_log l ON l.position = t.position"
-        " WHERE t.tbl = ? AND t.id = ? AND t.position < ? ORDER BY t.position DESC LIMIT 1",
+        f" WHERE t.tbl = ? AND t.id = ? AND t.position < ? AND t.stage <> {SETTLED}"
+        " ORDER BY t.position DESC LIMIT 1",
         (*key, position),
     ).fetchone()
     return [] if found is None else [found[0]]
-
-
-def _base(connection: sqlite3.Connection, key: tuple[str, str]) -> str | None:
-    found = connection.execute("SELECT base FROM rows WHERE tbl = ? AND id = ?", key).fetchone()
-    return None if found is None else found[0]

@@ -85,6 +85,7 @@ class CommitUnknown(LocalStoreError):
             "its outcome is unknown: repeat the call with this txn_id"
         )
         self.txn_id = txn_id
+        self.cause = cause
 
 
 class StoreCorrupt(LocalStoreError):

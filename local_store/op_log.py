@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from local_store.door import Accepted
+from local_store.decoding import RecordDamaged
 from local_store.ops import (
     SETTLED,
     UNSETTLED,
@@ -21,93 +21,115 @@ from local_store.ops import (
     Outcome,
     Row,
     Selection,
+    TableSpec,
     TransactionState,
+    WireOp,
     user_uuid,
 )
+from local_store.schema import PENDING, intact
+from local_store.schema import SETTLED as SETTLED_STAGE
+from local_store.views import Key
 
 DUE_AHEAD_MAX_S = 3_600.0
 """A due time further ahead than this came from a clock that was stepped back: due now."""
-IS_UNDELIVERED = "state IN ('pending', 'held') AND parked = 0"
-"""Spelled as in the partial indexes, or SQLite won't use them."""
+AT = "position = (SELECT position FROM names WHERE txn_id = ?)"
+"""Finds a transaction by its id."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a transaction goes: the position in the file, the log, and the seq in that log."""
+class Marks:
+    """How far the file has come: its last position, and the newest log with its last seq.
+
+    `total_bytes` counts everything ever accepted, `closed` and `closed_bytes` what isn't
+    undelivered any more; what is undelivered is the difference, so that accepting counts nothing.
+    """
 
     position: int
     log: int
     seq: int
+    total_bytes: int
+    closed: int
+    closed_bytes: int
+    listed: int
+    change_counter: int
+
+    @property
+    def undelivered(self) -> int:
+        """How many transactions are undelivered."""
+        return self.position - self.closed
+
+    @property
+    def undelivered_bytes(self) -> int:
+        """The bytes of their ops."""
+        return self.total_bytes - self.closed_bytes
 
 
-def find(connection: sqlite3.Connection, txn_id: str) -> tuple[int, str, str, str, str] | None:
-    """Return (seq, user_id, digest, accepted_at, state) of a transaction, or None."""
-    found: tuple[int, str, str, str, str] | None = connection.execute(
-        "SELECT seq, user_id, digest, accepted_at, state FROM op_log WHERE txn_id = ?", (txn_id,)
+def read_marks(connection: sqlite3.Connection) -> Marks:
+    """Return how far the file has come."""
+    totals = connection.execute(
+        "SELECT last_position, log, last_seq, total_bytes, closed, closed_bytes, listed,"
+        " change_counter FROM totals"
     ).fetchone()
-    return found
+    last = connection.execute(
+        "SELECT position, log, seq, total_bytes FROM op_log ORDER BY position DESC LIMIT 1"
+    ).fetchone()
+    position, log, seq, total_bytes, *rest = totals
+    if last is not None:
+        position, total_bytes = max(position, last[0]), max(total_bytes, last[3])
+        seq = max(seq, last[2]) if last[1] == log else seq
+    return Marks(position, log, seq, total_bytes, *rest)
 
 
-def append(
-    connection: sqlite3.Connection,
-    place: Place,
-    txn_id: str,
-    user_id: str,
-    accepted: Accepted,
-    accepted_at: str,
-    before: Sequence[Row | None],
-    children: Sequence[Mapping[str, str | None] | None],
-    schema_version: int,
-) -> None:
-    """Write the transaction's one row."""
-    connection.execute(
-        "INSERT INTO op_log (position, log, seq, txn_id, user_id, digest, accepted_at, ops, before,"
-        " children, size_bytes, schema_version) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            place.position,
-            place.log,
-            place.seq,
-            txn_id,
-            user_id,
-            accepted.digest,
-            accepted_at,
-            accepted.encoded.decode(),
-            orjson.dumps(before).decode(),
-            orjson.dumps(children).decode(),
-            len(accepted.encoded),
-            schema_version,
-        ),
-    )
-
-
-def touch(connection: sqlite3.Connection, position: int, keys: Iterable[tuple[str, str]]) -> None:
-    """Mark rows as changed by the unsettled transaction at `position`."""
-    connection.executemany(
-        "INSERT OR IGNORE INTO touches VALUES (?, ?, ?)",
-        [(table, id_, position) for table, id_ in keys],
-    )
-
-
-def record(
-    connection: sqlite3.Connection, outcome: Outcome, now_iso: str, now_s: float
-) -> tuple[int, int] | None:
-    """Write what became of a transaction; returns the change of (unsettled, bytes), None if stale.
-
-    A settled transaction stays as it is: a late copy of an older reply can't reopen it.
-    """
+def next_counter(connection: sqlite3.Connection) -> int:
+    """Advance the change counter in the open transaction and return it."""
     found = connection.execute(
-        "SELECT position, state, parked, size_bytes FROM op_log WHERE txn_id = ?",
-        (outcome.txn_id,),
+        "UPDATE totals SET change_counter = change_counter + 1 RETURNING change_counter"
+    ).fetchone()
+    return int(found[0])
+
+
+def close(connection: sqlite3.Connection, transactions: int, size_bytes: int) -> None:
+    """Count transactions as no longer undelivered; negative when they are so again."""
+    if transactions or size_bytes:
+        connection.execute(
+            "UPDATE totals SET closed = closed + ?, closed_bytes = closed_bytes + ?",
+            (transactions, size_bytes),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What is known of a transaction before its reply is recorded."""
+
+    position: int
+    state: TransactionState
+    parked: bool
+    size_bytes: int
+
+
+def open_transaction(connection: sqlite3.Connection, txn_id: str) -> Found | None:
+    """Return a transaction that isn't settled; None for one that is, or was never accepted."""
+    found = connection.execute(
+        f"SELECT position, state, parked, size_bytes, {intact()} FROM op_log WHERE {AT}",
+        (txn_id,),
     ).fetchone()
     if found is None or found[1] in SETTLED:
         return None
-    position, state, was_parked, size_bytes = found
+    if not found[4]:
+        raise RecordDamaged
+    return Found(found[0], found[1], bool(found[2]), found[3])
+
+
+def record(
+    connection: sqlite3.Connection, found: Found, outcome: Outcome, now_iso: str, now_s: float
+) -> None:
+    """Write what became of an open transaction."""
     settled = outcome.state in SETTLED
     parked = not settled and (outcome.parked or outcome.state in ("conflict", "dead"))
-    open_before = state in UNSETTLED and not was_parked
+    open_before = found.state in UNSETTLED and not found.parked
     open_after = outcome.state in UNSETTLED and not parked
     if outcome.state == "applied":
-        wake_dependants(connection, position)
+        wake_dependants(connection, found.position)
     connection.execute(
         "UPDATE op_log SET state = ?1, parked = ?2, attempts = attempts + 1, due_at = ?3,"
         " settled_at = ?4, reply = CASE WHEN ?1 = 'applied' THEN NULL ELSE coalesce(?5, reply) END,"
@@ -116,16 +138,50 @@ def record(
             outcome.state,
             parked,
             0.0 if settled else now_s + min(outcome.retry_after_s, DUE_AHEAD_MAX_S),
-            None if open_after else now_iso,
+            now_iso if settled else None,
             None if outcome.reply is None else orjson.dumps(outcome.reply).decode(),
             now_iso,
-            position,
+            found.position,
         ),
     )
-    if settled:
-        connection.execute("DELETE FROM touches WHERE position = ?", (position,))
-    change = int(open_after) - int(open_before)
-    return change, change * size_bytes
+    change = int(open_before) - int(open_after)
+    close(connection, change, change * found.size_bytes)
+
+
+def touched_by(
+    tables: Mapping[str, TableSpec],
+    ops: Sequence[WireOp],
+    children: Sequence[Mapping[str, str | None] | None],
+) -> dict[Key, str | None]:
+    """Return the rows that ops change, cascades included, each with the parent that it is given."""
+    touched: dict[Key, str | None] = {}
+    for op, taken_along in zip(ops, children, strict=True):
+        spec = tables.get(op.table)
+        parent_id = op.values.get(spec.parent[0]) if spec and spec.parent else None
+        key = (op.table, op.id)
+        touched[key] = parent_id or touched.get(key)
+        for name in taken_along or ():
+            table, _, row_id = name.partition("/")
+            touched.setdefault((table, row_id), None)
+    return touched
+
+
+def touch(
+    connection: sqlite3.Connection,
+    position: int,
+    keys: Mapping[Key, str | None],
+    *,
+    stage: int = PENDING,
+) -> None:
+    """Mark rows as changed by the transaction at `position`.
+
+    One that was confirmed and still waits to be folded in isn't in its row yet: it is pending.
+    """
+    connection.executemany(
+        "INSERT INTO touches (tbl, id, position, parent_id, stage) VALUES (?, ?, ?, ?, ?)"
+        f" ON CONFLICT DO UPDATE SET stage = {PENDING}",
+        [(*key, position, parent_id, stage) for key, parent_id in keys.items()],
+    )
 
 
 def wake_dependants(connection: sqlite3.Connection, position: int) -> None:
@@ -137,7 +193,9 @@ def wake_dependants(connection: sqlite3.Connection, position: int) -> None:
         " SELECT t.position FROM touches own JOIN touches t ON t.tbl = own.tbl AND t.id = own.id"
         " WHERE own.position = ?1 UNION"
         " SELECT t.position FROM touches own JOIN rows r ON r.parent_id = own.id"
-        " JOIN touches t ON t.tbl = r.tbl AND t.id = r.id WHERE own.position = ?1)",
+        " JOIN touches t ON t.tbl = r.tbl AND t.id = r.id WHERE own.position = ?1 UNION"
+        " SELECT t.position FROM touches own JOIN touches t ON t.parent_id = own.id"
+        " WHERE own.position = ?1)",
         (position,),
     )
 
@@ -145,7 +203,7 @@ def wake_dependants(connection: sqlite3.Connection, position: int) -> None:
 def recheck(connection: sqlite3.Connection, txn_ids: Iterable[str]) -> None:
     """Make parked transactions due: something may have been decided about them."""
     connection.executemany(
-        "UPDATE op_log SET due_at = 0 WHERE txn_id = ? AND parked = 1",
+        f"UPDATE op_log SET due_at = 0 WHERE {AT} AND parked = 1",
         [(txn_id,) for txn_id in txn_ids],
     )
 
@@ -155,7 +213,7 @@ def parked_among(connection: sqlite3.Connection, txn_ids: Sequence[str]) -> set[
     found: set[str] = set()
     for txn_id in dict.fromkeys(txn_ids):
         row = connection.execute(
-            "SELECT 1 FROM op_log WHERE txn_id = ? AND parked = 1", (txn_id,)
+            f"SELECT 1 FROM op_log WHERE {AT} AND parked = 1", (txn_id,)
         ).fetchone()
         if row is not None:
             found.add(txn_id)
@@ -169,29 +227,28 @@ def renumber(connection: sqlite3.Connection, txn_ids: Sequence[str], ordinal: in
     """
     marks = ",".join("?" * len(txn_ids))
     starts = connection.execute(
-        f"SELECT log, min(position) FROM op_log WHERE txn_id IN ({marks}) AND {IS_UNDELIVERED}"
-        " GROUP BY log",
+        f"SELECT t.log, min(t.position) FROM names n JOIN turns t ON t.position = n.position"
+        f" WHERE n.txn_id IN ({marks}) GROUP BY t.log",
         tuple(txn_ids),
     ).fetchall()
-    moved = 0
-    for log, start in sorted(starts, key=lambda found: found[1]):
-        positions = connection.execute(
-            f"SELECT position FROM op_log WHERE log = ? AND position >= ? AND {IS_UNDELIVERED}"
-            " ORDER BY position",
+    moving: list[tuple[int, int]] = []
+    for log, start in starts:
+        moving += connection.execute(
+            "SELECT position, log FROM turns WHERE log = ? AND position >= ?",
             (log, start),
         ).fetchall()
-        for (position,) in positions:
-            moved += 1
-            connection.execute(
-                "UPDATE op_log SET log = ?, seq = ?, due_at = 0 WHERE position = ?",
-                (ordinal, moved, position),
-            )
+    for seq, (position, _) in enumerate(sorted(moving), start=1):
         connection.execute(
-            "UPDATE logs SET last_seq = (SELECT coalesce(max(seq), 0) FROM op_log WHERE log = ?)"
+            "UPDATE op_log SET log = ?, seq = ?, due_at = 0 WHERE position = ?",
+            (ordinal, seq, position),
+        )
+    for log in {log for _, log in moving}:
+        connection.execute(
+            "UPDATE logs SET last_seq = (SELECT coalesce(max(seq), 0) FROM places WHERE log = ?)"
             " WHERE ordinal = ?",
             (log, log),
         )
-    return moved
+    return len(moving)
 
 
 def narrowing(selection: Selection | None) -> tuple[str, tuple[str, ...]]:
@@ -200,17 +257,17 @@ def narrowing(selection: Selection | None) -> tuple[str, tuple[str, ...]]:
     if selection is None:
         return "", ()
     if selection.since is not None:
-        clauses += " AND accepted_at >= ?"
+        clauses += " AND l.accepted_at >= ?"
         values.append(selection.since)
     if selection.until is not None:
-        clauses += " AND accepted_at < ?"
+        clauses += " AND l.accepted_at < ?"
         values.append(selection.until)
     if selection.user_id is not None:
-        clauses += " AND user_id = ?"
+        clauses += " AND l.user_id = ?"
         values.append(user_uuid(selection.user_id))
     if selection.table is not None:
         clauses += (
-            " AND EXISTS (SELECT 1 FROM json_each(ops) o"
+            " AND EXISTS (SELECT 1 FROM json_each(l.ops) o"
             " WHERE json_extract(o.value, '$.table') = ?)"
         )
         values.append(selection.table)
@@ -225,8 +282,10 @@ def count(
     """Return how many transactions in these states are selected; parked ones don't count."""
     narrowed, values = narrowing(selection)
     marks = ",".join("?" * len(states))
+    undelivered = set(states) <= set(UNSETTLED)
+    source = "turns t CROSS JOIN op_log l ON l.position = t.position" if undelivered else "op_log l"
     found = connection.execute(
-        f"SELECT count(*) FROM op_log WHERE state IN ({marks}) AND parked = 0{narrowed}",
+        f"SELECT count(*) FROM {source} WHERE state IN ({marks}) AND parked = 0{narrowed}",
         (*states, *values),
     ).fetchone()
     return int(found[0])
@@ -234,7 +293,7 @@ def count(
 
 def state_of(connection: sqlite3.Connection, txn_id: str) -> TransactionState | None:
     """Return where a transaction stands, or None when it isn't in this file."""
-    found = connection.execute("SELECT state FROM op_log WHERE txn_id = ?", (txn_id,)).fetchone()
+    found = connection.execute(f"SELECT state FROM op_log WHERE {AT}", (txn_id,)).fetchone()
     return None if found is None else found[0]
 
 
@@ -243,9 +302,10 @@ def entries(
 ) -> list[LogEntry]:
     """Return a log (None: the newest) without its ops, in seq order, for an audit."""
     found = connection.execute(
-        "SELECT seq, txn_id, user_id, digest, state FROM op_log WHERE log ="
+        "SELECT l.seq, l.txn_id, l.user_id, l.digest, l.state FROM places p"
+        " CROSS JOIN op_log l ON l.position = p.position WHERE p.log ="
         " (SELECT max(ordinal) FROM logs WHERE ?1 IS NULL OR log_id = ?1)"
-        " AND seq > ?2 ORDER BY seq LIMIT ?3",
+        " AND p.seq > ?2 ORDER BY p.seq LIMIT ?3",
         (log_id, after_seq, limit),
     )
     return [LogEntry(*entry) for entry in found]
@@ -256,25 +316,29 @@ def unsettled_of(
 ) -> list[tuple[str, int, TransactionState]]:
     """Return (txn_id, seq, state) of what is not settled on a row or on its children."""
     return connection.execute(
-        "SELECT DISTINCT l.txn_id, l.seq, l.state FROM op_log l"
-        " JOIN touches t ON t.position = l.position"
-        " WHERE l.user_id = ? AND ((t.tbl = ? AND t.id = ?) OR (t.tbl, t.id) IN"
-        "   (SELECT tbl, id FROM rows WHERE parent_id = ?)) ORDER BY l.position",
-        (user_id, table, row_id, row_id),
+        "SELECT l.txn_id, l.seq, l.state FROM ("
+        " SELECT position, stage FROM touches WHERE tbl = ?2 AND id = ?3"
+        " UNION SELECT position, stage FROM touches WHERE parent_id = ?3"
+        " UNION SELECT t.position, t.stage FROM rows r CROSS JOIN touches t ON t.tbl = r.tbl"
+        "  AND t.id = r.id WHERE r.parent_id = ?3"
+        ") t CROSS JOIN op_log l ON l.position = t.position"
+        f" WHERE l.user_id = ?1 AND t.stage <> {SETTLED_STAGE} GROUP BY l.position"
+        " ORDER BY l.position",
+        (user_id, table, row_id),
     ).fetchall()
 
 
 def reply_of(connection: sqlite3.Connection, txn_id: str) -> Any:
     """Return the server's evidence kept with a transaction, or None."""
-    found = connection.execute("SELECT reply FROM op_log WHERE txn_id = ?", (txn_id,)).fetchone()
+    found = connection.execute(f"SELECT reply FROM op_log WHERE {AT}", (txn_id,)).fetchone()
     return None if found is None or found[0] is None else orjson.loads(found[0])
 
 
 def oldest_undelivered(connection: sqlite3.Connection, log: int | None = None) -> str | None:
     """Return when the oldest undelivered transaction (of a log) was accepted, or None."""
     found = connection.execute(
-        f"SELECT accepted_at FROM op_log WHERE {IS_UNDELIVERED} AND (?1 IS NULL OR log = ?1)"
-        " ORDER BY position LIMIT 1",
+        "SELECT accepted_at FROM op_log WHERE position = (SELECT position FROM turns"
+        " WHERE ?1 IS NULL OR log = ?1 ORDER BY position LIMIT 1)",
         (log,),
     ).fetchone()
     return None if found is None else found[0]
@@ -288,19 +352,18 @@ def count_parked(connection: sqlite3.Connection) -> dict[int, int]:
 
 def logs(connection: sqlite3.Connection) -> list[Row]:
     """Return each log with its end and what is undelivered in it, newest last."""
-    current, last_seq, undelivered, size_bytes = connection.execute(
-        "SELECT log, last_seq, unsettled, unsettled_bytes FROM totals"
-    ).fetchone()
+    marks = read_marks(connection)
+    undelivered, size_bytes = marks.undelivered, marks.undelivered_bytes
     parked, found = count_parked(connection), []
     for ordinal, log_id, end in connection.execute(
         "SELECT ordinal, log_id, last_seq FROM logs ORDER BY ordinal"
     ).fetchall():
-        if ordinal == current:  # what the older ones don't have, so that nothing is counted
-            held, held_bytes, end = undelivered, size_bytes, last_seq
+        if ordinal == marks.log:  # what the older ones don't have, so that nothing is counted
+            held, held_bytes, end = undelivered, size_bytes, marks.seq
         else:
             held, held_bytes = connection.execute(
-                "SELECT count(*), coalesce(sum(size_bytes), 0) FROM op_log"
-                f" WHERE log = ? AND {IS_UNDELIVERED}",
+                "SELECT count(*), coalesce(sum(l.size_bytes), 0) FROM turns t"
+                " CROSS JOIN op_log l ON l.position = t.position WHERE t.log = ?",
                 (ordinal,),
             ).fetchone()
             undelivered, size_bytes = undelivered - held, size_bytes - held_bytes

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 
 import orjson
 
-from local_store.door import decode_ops
-from local_store.op_log import narrowing, touch
-from local_store.ops import Outcome, Selection
+from local_store.decoding import decode_ops
+from local_store.op_log import AT, narrowing, touch, touched_by
+from local_store.ops import Outcome, Selection, TableSpec
+from local_store.rows import base_of
+from local_store.schema import REPLAYED, SETTLED
 
 REOPENED_AT_ONCE = 500
 
@@ -27,10 +29,10 @@ def remember(connection: sqlite3.Connection, outcome: Outcome) -> Versions:
     be the last that its rows have seen: taking its version for the row's would make the next change
     of the row meet a conflict with this buffer's own writes.
     """
-    position, ops, known = connection.execute(
-        "SELECT position, ops, versions FROM op_log WHERE txn_id = ?", (outcome.txn_id,)
+    position, ops, schemas, known = connection.execute(
+        f"SELECT position, ops, schemas, versions FROM op_log WHERE {AT}", (outcome.txn_id,)
     ).fetchone()
-    keys = {f"{op.table}/{op.id}": op.kind for op in reversed(decode_ops(ops))}
+    keys = {f"{op.table}/{op.id}": op.kind for op in reversed(decode_ops(ops, schemas, {}))}
     stood = {name: _base(connection, name) for name in {*keys, *outcome.versions}}
     bases = {name: None if kind == "insert" else stood[name] for name, kind in keys.items()}
     connection.execute(
@@ -58,7 +60,8 @@ def _pass_on(
     """
     connection.executemany(
         "UPDATE op_log SET bases = json_patch(bases, ?1) WHERE bases IS NOT NULL AND position ="
-        " (SELECT min(position) FROM touches WHERE tbl = ?2 AND id = ?3 AND position > ?4)",
+        " (SELECT min(position) FROM touches WHERE tbl = ?2 AND id = ?3 AND position > ?4"
+        f"  AND stage <> {SETTLED})",
         [
             (orjson.dumps({name: version}).decode(), *name.split("/", 1), position)
             for name, version in versions.items()
@@ -68,10 +71,8 @@ def _pass_on(
 
 
 def _base(connection: sqlite3.Connection, name: str) -> str | None:
-    found = connection.execute(
-        "SELECT base FROM rows WHERE tbl = ? AND id = ?", tuple(name.split("/", 1))
-    ).fetchone()
-    return None if found is None else found[0]
+    table, _, row_id = name.partition("/")
+    return base_of(connection, (table, row_id))
 
 
 def meet(connection: sqlite3.Connection, position: int, name: str, version: str | None) -> None:
@@ -90,25 +91,27 @@ def meet(connection: sqlite3.Connection, position: int, name: str, version: str 
     )
 
 
-def reopen(connection: sqlite3.Connection, selection: Selection) -> tuple[int, int]:
-    """Make applied transactions pending again; returns (how many, their bytes)."""
+def reopen(
+    connection: sqlite3.Connection, tables: Mapping[str, TableSpec], selection: Selection
+) -> tuple[int, int]:
+    """Make applied transactions pending again; returns (how many, their bytes).
+
+    Their rows have them already, so their touches bring nothing a second time.
+    """
     narrowed, values = narrowing(selection)
     count, size_total, last = 0, 0, 0
     while True:  # some at a time: the whole history may be larger than the memory
         found = connection.execute(
-            "SELECT position, ops, children, size_bytes FROM op_log"
+            "SELECT position, ops, schemas, children, size_bytes FROM op_log l"
             f" WHERE state = 'applied' AND position > ?{narrowed} ORDER BY position LIMIT ?",
             (last, *values, REOPENED_AT_ONCE),
         ).fetchall()
         if not found:
             return count, size_total
-        for position, ops, children, size_bytes in found:
-            touched = {(op.table, op.id) for op in decode_ops(ops)}
-            for known in orjson.loads(children):
-                touched |= {
-                    (table, id_) for table, _, id_ in (k.partition("/") for k in known or ())
-                }
-            touch(connection, position, touched)
+        for position, ops, schemas, children, size_bytes in found:
+            decoded = decode_ops(ops, schemas, tables)
+            keys = touched_by(tables, decoded, orjson.loads(children))
+            touch(connection, position, keys, stage=REPLAYED)
             count, size_total, last = count + 1, size_total + size_bytes, position
         connection.executemany(
             "UPDATE op_log SET state = 'pending', settled_at = NULL, attempts = 0, due_at = 0"

@@ -1,11 +1,18 @@
 """The buffer file: its tables, its pragmas, and how two first starts at once stay harmless.
 
-    logs      the identities this file has had: a copy found elsewhere starts a new one
-    op_log    one row per transaction: `position` orders the file, `seq` (gap-free) its log; its
-              `state` says where it stands
-    touches   which unsettled transaction wrote which row: pending marks, predecessors
-    rows      the merged local copy: what the API reads back at once
-    totals    one row of running counts, so that no write has to count
+    op_log      one row per transaction: `position` orders the file, `seq` (gap-free) its log; its
+                `state` says where it stands
+    rows        rows as the server is known to have them: what a reader sees is a row here plus
+                what its touches bring
+    touches     which transaction changed which row, while that still matters for reading it
+    names, places, turns   where a txn_id and a seq is found, and whose undelivered work is where
+    logs        the identities this file has had: a copy found elsewhere starts a new one
+    totals      one row of marks: what op_log alone can't tell
+    quarantine  records that failed their checksum, as they were found
+
+Accepting a transaction appends to op_log and to nothing else: no row is merged, no count is kept,
+no index is searched while callers wait for the disk. Touches, names, places and turns follow behind
+(listing.py); `totals.listed` says how far.
 
 WAL with synchronous=FULL is the only mode called durable here: a commit returns after the fsync of
 the write-ahead log. NORMAL loses acknowledged commits at a power loss.
@@ -13,248 +20,233 @@ the write-ahead log. NORMAL loses acknowledged commits at a power loss.
 
 from __future__ import annotations
 
-import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from fcntl import LOCK_EX, LOCK_UN, flock
-from pathlib import Path
+import zlib
+from contextlib import closing
 
-import orjson
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
-from local_store.errors import DiskFailed, LocalStoreError, SchemaTooNew, StoreCorrupt
+CONTENT = (
+    "position, log, seq, txn_id, user_id, digest, accepted_at, ops, before, children, records,"
+    " schemas, size_bytes, total_bytes"
+)
+STATUS = "position, state, parked, attempts, due_at, held_since, settled_at, reply, bases, versions"
+ROW = "tbl, id, user_id, parent_id, body, base, version, changed_at"
 
-FILE_NAME = "buffer.db"
-LOCK_NAME = "buffer.lock"
-FLUSHER_LOCK_NAME = "flusher.lock"
-BUSY_TIMEOUT_MS = 5_000  # only readers can meet a lock: writers queue on the folder's flock
-CACHED_STATEMENTS = 128
+# Stages of a touch. Only a REPLAYED one is not part of what a reader sees: its row has it already.
+PENDING, REPLAYED, SETTLED = 0, 1, 2
 
 migrations = Migrations("local_store")
 
 
+def seal(*values: bytes | None) -> int:
+    """Return the CRC-32 of a record's columns, each as SQLite casts it to bytes."""
+    return zlib.crc32(b"\x1f".join([b"\x00" if value is None else value for value in values]))
+
+
+def _seal(columns: str, of: str = "") -> str:
+    """Return the SQL that computes a record's seal; text is cast, since damaged text won't pass."""
+    return f"seal({', '.join(f'CAST({of}{c.strip()} AS BLOB)' for c in columns.split(','))})"
+
+
+def intact(of: str = "") -> str:
+    """Return the SQL that tells whether an op_log row is as it was written."""
+    # A status that never changed has no checksum: it must be what every record begins with.
+    untouched = " AND ".join(
+        f"{of}{column}"
+        for column in (
+            "state = 'pending'",
+            "parked = 0",
+            "attempts = 0",
+            "due_at = 0",
+            "held_since IS NULL",
+            "settled_at IS NULL",
+            "reply IS NULL",
+            "bases IS NULL",
+            "versions IS NULL",
+        )
+    )
+    status = f"CASE WHEN {of}status_crc IS NULL THEN {untouched}"
+    return (
+        f"({of}content_crc = {_seal(CONTENT, of)}"
+        f" AND {status} ELSE {of}status_crc = {_seal(STATUS, of)} END)"
+    )
+
+
+def row_intact(of: str = "") -> str:
+    """Return the SQL that tells whether a row of `rows` is as it was written."""
+    return f"({of}crc = {_seal(ROW, of)})"
+
+
+_TABLES = (
+    """
+    CREATE TABLE op_log (
+        position     INTEGER PRIMARY KEY,
+        log          INTEGER NOT NULL,
+        seq          INTEGER NOT NULL,
+        user_id      TEXT NOT NULL,
+        state        TEXT NOT NULL DEFAULT 'pending',
+        parked       INTEGER NOT NULL DEFAULT 0,
+        due_at       REAL NOT NULL DEFAULT 0,
+        txn_id       TEXT NOT NULL,
+        digest       TEXT NOT NULL,
+        accepted_at  TEXT NOT NULL,
+        size_bytes   INTEGER NOT NULL,
+        total_bytes  INTEGER NOT NULL,
+        content_crc  INTEGER NOT NULL,
+        status_crc   INTEGER,
+        attempts     INTEGER NOT NULL DEFAULT 0,
+        held_since   TEXT,
+        settled_at   TEXT,
+        schemas      TEXT NOT NULL,
+        ops          TEXT NOT NULL,
+        before       TEXT NOT NULL,
+        children     TEXT NOT NULL,
+        records      TEXT NOT NULL DEFAULT '[]',
+        bases        TEXT,
+        versions     TEXT,
+        reply        TEXT
+    ) STRICT
+    """,
+    "CREATE INDEX op_log_held ON op_log (due_at) WHERE state = 'held'",
+    "CREATE INDEX op_log_parked ON op_log (log, position, due_at) WHERE parked = 1",
+    "CREATE INDEX op_log_settled ON op_log (settled_at) WHERE settled_at IS NOT NULL",
+    """
+    CREATE TABLE touches (
+        tbl TEXT NOT NULL, id TEXT NOT NULL, position INTEGER NOT NULL,
+        parent_id TEXT, stage INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (tbl, id, position)
+    ) STRICT, WITHOUT ROWID
+    """,
+    "CREATE INDEX touches_position ON touches (position)",
+    "CREATE INDEX touches_of_parent ON touches (parent_id, tbl) WHERE parent_id IS NOT NULL",
+    "CREATE INDEX touches_settled ON touches (position) WHERE stage = 2",
+    """
+    CREATE TABLE rows (
+        tbl        TEXT NOT NULL,
+        id         TEXT NOT NULL,
+        user_id    TEXT NOT NULL,
+        parent_id  TEXT,
+        base       TEXT,
+        version    INTEGER NOT NULL,
+        changed_at INTEGER NOT NULL,
+        crc        INTEGER NOT NULL DEFAULT 0,
+        body       TEXT,
+        UNIQUE (tbl, id)
+    ) STRICT
+    """,
+    "CREATE INDEX rows_of_user ON rows (user_id, tbl, id)",
+    "CREATE INDEX rows_of_parent ON rows (parent_id, tbl)",
+    "CREATE INDEX rows_by_age ON rows (changed_at)",
+    "CREATE TABLE names (txn_id TEXT PRIMARY KEY, position INTEGER NOT NULL) STRICT, WITHOUT ROWID",
+    "CREATE TABLE places (log INTEGER NOT NULL, seq INTEGER NOT NULL, position INTEGER NOT NULL,"
+    " PRIMARY KEY (log, seq)) STRICT, WITHOUT ROWID",
+    """
+    CREATE TABLE turns (
+        log INTEGER NOT NULL, user_id TEXT NOT NULL, position INTEGER NOT NULL,
+        due_at REAL NOT NULL,
+        PRIMARY KEY (log, user_id, position)
+    ) STRICT, WITHOUT ROWID
+    """,
+    # due_at stands in it, so that a long backlog which isn't due is passed over in the index.
+    "CREATE INDEX turns_by_position ON turns (position, log, due_at)",
+    """
+    CREATE TABLE totals (
+        only            INTEGER PRIMARY KEY CHECK (only = 1),
+        last_position   INTEGER NOT NULL DEFAULT 0,
+        log             INTEGER NOT NULL DEFAULT 0,
+        last_seq        INTEGER NOT NULL DEFAULT 0,
+        total_bytes     INTEGER NOT NULL DEFAULT 0,
+        closed          INTEGER NOT NULL DEFAULT 0,
+        closed_bytes    INTEGER NOT NULL DEFAULT 0,
+        listed          INTEGER NOT NULL DEFAULT 0,
+        change_counter  INTEGER NOT NULL DEFAULT 0,
+        version_floor   INTEGER NOT NULL DEFAULT 0,
+        rows_bytes      INTEGER NOT NULL DEFAULT 0
+    ) STRICT
+    """,
+    "INSERT INTO totals (only) VALUES (1)",
+    """
+    CREATE TABLE logs (
+        ordinal  INTEGER PRIMARY KEY,
+        log_id   TEXT NOT NULL UNIQUE,
+        device   INTEGER NOT NULL,
+        inode    INTEGER NOT NULL,
+        last_seq INTEGER NOT NULL DEFAULT 0,
+        lost     INTEGER NOT NULL DEFAULT 0
+    ) STRICT
+    """,
+    """
+    CREATE TABLE quarantine (
+        position INTEGER PRIMARY KEY, log INTEGER, seq INTEGER, record TEXT, found_at TEXT NOT NULL
+    ) STRICT
+    """,
+    "CREATE TABLE schemas (tbl TEXT PRIMARY KEY, version INTEGER NOT NULL) STRICT",
+)
+_TRIGGERS = (
+    # Whatever changes a record seals it again; so nothing but this code can change one.
+    f"CREATE TRIGGER op_log_content AFTER UPDATE OF {CONTENT} ON op_log BEGIN"
+    f" UPDATE op_log SET content_crc = {_seal(CONTENT, 'new.')} WHERE position = new.position; END",
+    f"CREATE TRIGGER op_log_status AFTER UPDATE OF {STATUS} ON op_log BEGIN"
+    f" UPDATE op_log SET status_crc = {_seal(STATUS, 'new.')} WHERE position = new.position; END",
+    f"CREATE TRIGGER rows_inserted AFTER INSERT ON rows BEGIN"
+    f" UPDATE rows SET crc = {_seal(ROW, 'new.')} WHERE rowid = new.rowid;"
+    " UPDATE totals SET rows_bytes = rows_bytes + coalesce(length(new.body), 0) + 200; END",
+    f"CREATE TRIGGER rows_updated AFTER UPDATE OF {ROW} ON rows BEGIN"
+    f" UPDATE rows SET crc = {_seal(ROW, 'new.')} WHERE rowid = new.rowid;"
+    " UPDATE totals SET rows_bytes = rows_bytes + coalesce(length(new.body), 0)"
+    "  - coalesce(length(old.body), 0); END",
+    "CREATE TRIGGER rows_deleted AFTER DELETE ON rows BEGIN"
+    " UPDATE totals SET rows_bytes = rows_bytes - coalesce(length(old.body), 0) - 200; END",
+    # A listed transaction stands in `turns` exactly while it is undelivered.
+    "CREATE TRIGGER turns_kept AFTER UPDATE OF state, parked, due_at, log ON op_log BEGIN"
+    " DELETE FROM turns WHERE log = old.log AND user_id = old.user_id AND position = old.position;"
+    " INSERT INTO turns SELECT new.log, new.user_id, new.position, new.due_at"
+    "  WHERE new.state IN ('pending', 'held') AND new.parked = 0; END",
+    "CREATE TRIGGER places_kept AFTER UPDATE OF log, seq ON op_log BEGIN"
+    " DELETE FROM places WHERE log = old.log AND seq = old.seq;"
+    " INSERT INTO places VALUES (new.log, new.seq, new.position); END",
+    "CREATE TRIGGER op_log_ended AFTER DELETE ON op_log BEGIN"
+    " DELETE FROM names WHERE txn_id = old.txn_id;"
+    " DELETE FROM places WHERE log = old.log AND seq = old.seq;"
+    " DELETE FROM turns WHERE log = old.log AND user_id = old.user_id AND position = old.position;"
+    " END",
+)
+
+
+def is_whole(connection: sqlite3.Connection) -> bool:
+    """Tell whether every table, index and trigger is as it was made: no record of it suffices."""
+    stored = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")
+    found = {text.strip() for (text,) in stored}
+    made = (*_TABLES, *_TRIGGERS)
+    return all(text.strip() in found for text in made if text.lstrip().startswith("CREATE"))
+
+
 @migrations()
-def create_op_log(db: Database) -> None:
+def create_buffer(db: Database) -> None:
     """Create the tables of the first version."""
-    db.conn.execute(
-        """
-        CREATE TABLE op_log (
-            position     INTEGER PRIMARY KEY,
-            log          INTEGER NOT NULL,
-            seq          INTEGER NOT NULL,
-            txn_id       TEXT NOT NULL UNIQUE,
-            user_id      TEXT NOT NULL,
-            digest       TEXT NOT NULL,
-            accepted_at  TEXT NOT NULL,
-            ops          TEXT NOT NULL,
-            before       TEXT NOT NULL,
-            children     TEXT NOT NULL,
-            records      TEXT NOT NULL DEFAULT '[]',
-            bases        TEXT,
-            versions     TEXT,
-            size_bytes   INTEGER NOT NULL,
-            schema_version INTEGER NOT NULL,
-            state        TEXT NOT NULL DEFAULT 'pending',
-            parked       INTEGER NOT NULL DEFAULT 0,
-            attempts     INTEGER NOT NULL DEFAULT 0,
-            due_at       REAL NOT NULL DEFAULT 0,
-            held_since   TEXT,
-            settled_at   TEXT,
-            reply        TEXT,
-            UNIQUE (log, seq)
-        ) STRICT
-        """
-    )
-    undelivered = "state IN ('pending', 'held') AND parked = 0"
-    # due_at stands in each, so that a long backlog which isn't due is passed over in the index.
-    db.conn.execute(
-        f"CREATE INDEX op_log_undelivered ON op_log (position, log, due_at) WHERE {undelivered}"
-    )
-    db.conn.execute(
-        "CREATE INDEX op_log_in_turn ON op_log (log, user_id, position, due_at)"
-        f" WHERE {undelivered}"
-    )
-    db.conn.execute("CREATE INDEX op_log_held ON op_log (due_at) WHERE state = 'held'")
-    db.conn.execute("CREATE INDEX op_log_parked ON op_log (log, position, due_at) WHERE parked = 1")
-    db.conn.execute(
-        """
-        CREATE TABLE touches (
-            tbl TEXT NOT NULL, id TEXT NOT NULL, position INTEGER NOT NULL,
-            PRIMARY KEY (tbl, id, position)
-        ) STRICT, WITHOUT ROWID
-        """
-    )
-    db.conn.execute("CREATE INDEX touches_position ON touches (position)")
-    db.conn.execute(
-        """
-        CREATE TABLE rows (
-            tbl        TEXT NOT NULL,
-            id         TEXT NOT NULL,
-            user_id    TEXT NOT NULL,
-            parent_id  TEXT,
-            body       TEXT NOT NULL,
-            base       TEXT,
-            touched_at TEXT NOT NULL,
-            version    INTEGER NOT NULL,
-            changed_at INTEGER NOT NULL,
-            deleted    INTEGER NOT NULL DEFAULT 0,
-            UNIQUE (tbl, id)
-        ) STRICT
-        """
-    )
-    db.conn.execute("CREATE INDEX rows_of_user ON rows (user_id, tbl, id)")
-    db.conn.execute("CREATE INDEX rows_of_parent ON rows (parent_id, tbl)")
-    db.conn.execute(
-        """
-        CREATE TABLE totals (
-            only            INTEGER PRIMARY KEY CHECK (only = 1),
-            last_position   INTEGER NOT NULL,
-            log             INTEGER NOT NULL,
-            last_seq        INTEGER NOT NULL,
-            change_counter  INTEGER NOT NULL,
-            unsettled       INTEGER NOT NULL,
-            unsettled_bytes INTEGER NOT NULL
-        ) STRICT
-        """
-    )
-    db.conn.execute("INSERT INTO totals VALUES (1, 0, 0, 0, 0, 0, 0)")
-    db.conn.execute(
-        """
-        CREATE TABLE logs (
-            ordinal  INTEGER PRIMARY KEY,
-            log_id   TEXT NOT NULL UNIQUE,
-            device   INTEGER NOT NULL,
-            inode    INTEGER NOT NULL,
-            last_seq INTEGER NOT NULL DEFAULT 0
-        ) STRICT
-        """
-    )
-
-
-@contextmanager
-def folder_lock(lock_fd: int) -> Iterator[None]:
-    """Hold the folder's lock against other processes.
-
-    It covers each write and each checkpoint, because SQLite before 3.51.3 can corrupt a WAL whose
-    reset by one connection races a commit by another; and it makes simultaneous first starts queue.
-    """
-    flock(lock_fd, LOCK_EX)
-    try:
-        yield
-    finally:
-        flock(lock_fd, LOCK_UN)
-
-
-def make_folder(folder: Path) -> None:
-    """Create the folder (mode 0700) and sync the entries that lead to it.
-
-    A synced file in a folder whose own entry was never synced can vanish with it at a power loss.
-    """
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for path in missing:
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def clean_error(path: Path, error: BaseException) -> LocalStoreError | None:
-    """Say in this package's words what SQLite reported; None for anything else."""
-    code = getattr(error, "sqlite_errorcode", None)
-    undecodable = isinstance(error, sqlite3.OperationalError) and code is None
-    if undecodable or isinstance(error, UnicodeDecodeError | orjson.JSONDecodeError):
-        return StoreCorrupt(path, "damaged text")  # the original message quotes users' data
-    if not isinstance(error, sqlite3.DatabaseError) or code is None:
-        return None
-    if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return StoreCorrupt(path, str(error))
-    return DiskFailed(f"{path}: {error}; nothing was written")
-
-
-def open_file(path: Path, log_id: str) -> sqlite3.Connection:
-    """Open or create the buffer file; the folder lock is held.
-
-    Raises StoreCorrupt, SchemaTooNew, or sqlite3.Error when the disk refuses.
-    """
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    connection = connect(path)
-    try:
-        migrate(connection)
-        _identify(connection, path, log_id)
-        # A process that died between writing the log and syncing it leaves a transaction that
-        # everybody can read and a power loss can take. Its caller repeats the txn_id and is
-        # acknowledged without a write, so what was found here is made durable first.
-        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def connect(path: Path) -> sqlite3.Connection:
-    """Open the file for writing; raises sqlite3.DatabaseError when it isn't a database.
-
-    Transactions are opened by hand (`isolation_level=None`), always with BEGIN IMMEDIATE: a
-    deferred one that turns to writing gets SQLITE_BUSY at once, whatever the busy timeout.
-    """
-    connection = sqlite3.connect(
-        path, isolation_level=None, check_same_thread=False, cached_statements=CACHED_STATEMENTS
-    )
-    try:
-        connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = OFF")
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def migrate(connection: sqlite3.Connection) -> None:
-    """Bring the file to the newest schema; the folder lock is held."""
-    db = Database(connection)
-    known = [migration.name for migration in migrations._migrations]
-    foreign = [m.name for m in migrations.applied(db) if m.name not in known]
-    if foreign:
-        raise SchemaTooNew(foreign[-1], known[-1])
-    if migrations.pending(db):
-        migrations.apply(db)
-
-
-def _identify(connection: sqlite3.Connection, path: Path, log_id: str) -> None:
-    """Start a log in a fresh file, and in one that was copied or restored from elsewhere.
-
-    Appending to a copy would give out positions that the original gives out too. Inode numbers are
-    reused, so this can miss a restore; the server then refuses a position that is taken.
-    """
-    found = os.stat(path)
-    identity = (found.st_dev, found.st_ino)
-    with closing(
-        connection.execute("SELECT device, inode FROM logs ORDER BY ordinal DESC LIMIT 1")
-    ) as cursor:
-        known = cursor.fetchone()
-    if known != identity:
-        connection.execute("BEGIN IMMEDIATE")
-        start_log(connection, log_id, identity)
-        connection.execute("COMMIT")
+    for statement in (*_TABLES, *_TRIGGERS):
+        db.conn.execute(statement)
 
 
 def start_log(
     connection: sqlite3.Connection, log_id: str, identity: tuple[int, int] | None = None
 ) -> int:
     """Begin a new log in the open transaction; returns its ordinal."""
-    log, last_seq = connection.execute("SELECT log, last_seq FROM totals").fetchone()
-    connection.execute("UPDATE logs SET last_seq = ? WHERE ordinal = ?", (last_seq, log))
+    (log,) = connection.execute("SELECT log FROM totals").fetchone()
+    connection.execute(
+        "UPDATE logs SET last_seq = max(last_seq, coalesce("
+        " (SELECT max(seq) FROM places WHERE log = ?1), 0), (SELECT last_seq FROM totals))"
+        " WHERE ordinal = ?1",
+        (log,),
+    )
     if identity is None:
         identity = connection.execute(
             "SELECT device, inode FROM logs WHERE ordinal = ?", (log,)
         ).fetchone()
-    ordinal = int(log) + 1
+    (newest,) = connection.execute("SELECT coalesce(max(ordinal), 0) FROM logs").fetchone()
+    ordinal = max(int(log), int(newest)) + 1
     connection.execute(
         "INSERT INTO logs (ordinal, log_id, device, inode) VALUES (?, ?, ?, ?)",
         (ordinal, log_id, *(identity or (0, 0))),

@@ -1,47 +1,31 @@
 """The durable local store: acknowledge a write, read it back, hand it to the flusher.
 
-One connection and one lock per process do every write and every checkpoint; a lock on the folder
-keeps other processes out meanwhile. `write` is one SQLite transaction that holds the op-log row and
-its effect on the rows, so there is never a row without its op or an op without its row.
+A write is checked and encoded in its caller's time, joins the group of those that wait at the same
+moment, and is acknowledged when the group's one commit is on the disk. A row that is read is made
+then, from the server's row and what is pending on it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from local_store import op_log, rows, schema
+from local_store import integrity, op_log, opening, rows, schema, schemas, selecting
+from local_store.appending import Group
 from local_store.buffer_file import BufferFile
 from local_store.clock import Clock, SystemClock, isoformat, new_id
-from local_store.delivery import Delivery, next_counter, read_totals
-from local_store.door import Accepted, DoorLimits, accept, canonical_uuid, lookup_id
-from local_store.errors import (
-    BufferFull,
-    InvalidWrite,
-    TransactionIdReused,
-)
-from local_store.ops import (
-    Op,
-    Receipt,
-    Row,
-    TableSpec,
-    by_name,
-    user_uuid,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class StoreLimits(DoorLimits):
-    """Bounds on the whole buffer; reaching one refuses writes, it never drops any."""
-
-    buffer_bytes_max: int = 2 * 1024**3  # ≥ 48 h of outage at ten 1 KB writes a second
-    buffer_transactions_max: int = 2_000_000
-    full_retry_after_s: float = 5.0  # about one flush interval: space comes from the drain
+from local_store.delivery import Delivery
+from local_store.door import accept, canonical_uuid, lookup_id
+from local_store.errors import CommitUnknown, InvalidWrite
+from local_store.file_life import Upkeep
+from local_store.group_commit import GroupCommit
+from local_store.limits import StoreLimits
+from local_store.listing import LISTED_AT_ONCE, LISTED_BYTES_MAX, list_new
+from local_store.memory import Memory, Proposal
+from local_store.ops import Op, Receipt, Row, TableSpec, by_name, user_uuid
 
 
 class LocalStore(Delivery):
@@ -62,7 +46,15 @@ class LocalStore(Delivery):
         self._limits = limits
         self._clock = clock
         self._ids = ids
-        self._file = BufferFile(folder, ids, limits.full_retry_after_s)
+        self._file = BufferFile(
+            folder,
+            ids,
+            limits.full_retry_after_s,
+            limits.free_bytes_min,
+            Upkeep(self._list_new, self._mend, self._relist, self._adopt, self._now),
+        )
+        self._memory = Memory(limits.views_bytes_max)
+        self._group = GroupCommit(self._commit, self._behind)
         self._on_write: Callable[[], None] | None = None
 
     @classmethod
@@ -82,7 +74,7 @@ class LocalStore(Delivery):
         code wrote it, DiskFailed or OSError when the disk refuses.
         """
         path = Path(folder)
-        schema.make_folder(path)
+        opening.make_folder(path)
         store = cls(path, by_name(tables), StoreLimits(**limits), clock or SystemClock(), ids)
         try:
             store._file.open()
@@ -93,6 +85,7 @@ class LocalStore(Delivery):
 
     def close(self) -> None:
         """Stop accepting and close the file; everything acknowledged is already durable."""
+        self._group.close()
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -114,8 +107,7 @@ class LocalStore(Delivery):
     @property
     def log_id(self) -> str:
         """The identity of this buffer file's life."""
-        with self._file.reading() as connection:
-            return schema.read_log_id(connection)
+        return self._file.read(schema.read_log_id)
 
     def on_write(self, nudge: Callable[[], None] | None) -> None:
         """Call `nudge` after each acknowledged write, to wake a flusher. It must not block."""
@@ -124,20 +116,14 @@ class LocalStore(Delivery):
     # -- the write half ---------------------------------------------------------------------------
 
     def write(self, ops: Sequence[Op], *, user_id: str, txn_id: str | None = None) -> Receipt:
-        """Append one transaction and apply it to its rows; all of it or nothing.
+        """Append one transaction; all of it or nothing, and readable at once.
 
         Durable against power loss when it returns (WAL, synchronous=FULL): durability `host`.
         The same `txn_id` with the same content returns the first receipt again.
         Raises InvalidWrite, VersionMismatch, TransactionIdReused, BufferFull, DiskFailed or
         StoreClosed: then nothing was written; CommitUnknown: repeat with the same txn_id.
         """
-        author = user_uuid(user_id)
-        accepted = accept(ops, self._tables, author, self._limits)
-        txn = self._ids() if txn_id is None else canonical_uuid(txn_id)
-        if txn is None:
-            raise InvalidWrite("", "txn_id", "must be a UUID string")
-        with self._file.transaction(txn) as connection:
-            receipt = self._append(connection, accepted, author, txn)
+        receipt = self._group.submit(self._proposal(ops, user_id, txn_id))
         if self._on_write is not None:
             self._on_write()
         return receipt
@@ -149,51 +135,73 @@ class LocalStore(Delivery):
 
         Give a `txn_id` to be able to repeat a cancelled call without a second effect.
         """
-        return await asyncio.to_thread(self.write, ops, user_id=user_id, txn_id=txn_id)
+        receipt = await self._group.submit_async(self._proposal(ops, user_id, txn_id))
+        if self._on_write is not None:
+            self._on_write()
+        return receipt
 
-    def _append(
-        self, connection: sqlite3.Connection, accepted: Accepted, author: str, txn_id: str
-    ) -> Receipt:
-        known = op_log.find(connection, txn_id)
-        if known is not None:
-            seq, user_id, digest, accepted_at, _state = known
-            if (user_id, digest) != (author, accepted.digest):
-                raise TransactionIdReused(txn_id)
-            return Receipt(txn_id, seq, "host", accepted_at)
-        totals = read_totals(connection)
-        self._check_space(totals.unsettled, totals.unsettled_bytes + len(accepted.encoded))
-        place = op_log.Place(totals.last_position + 1, totals.log, totals.last_seq + 1)
-        counter, accepted_at = totals.change_counter + 1, isoformat(self._clock.now())
-        before: list[Row | None] = []
-        children: list[Mapping[str, str | None] | None] = []
-        touched: list[tuple[str, str]] = []
-        for op, expected in zip(accepted.ops, accepted.expected, strict=True):
-            done = rows.apply_op(
-                connection, self._tables, op, author, expected, accepted_at, counter
+    def _proposal(self, ops: Sequence[Op], user_id: str, txn_id: str | None) -> Proposal:
+        author = user_uuid(user_id)
+        accepted = accept(ops, self._tables, author, self._limits)
+        txn = self._ids() if txn_id is None else canonical_uuid(txn_id)
+        if txn is None:
+            raise InvalidWrite("", "txn_id", "must be a UUID string")
+        return Proposal(txn, txn_id is not None, author, accepted, len(accepted.encoded))
+
+    def _commit(self, proposals: Sequence[Proposal]) -> Sequence[Receipt | BaseException]:
+        """Append a group; each of its transactions is told by itself what became of it."""
+        try:
+            return self._append(proposals)
+        except CommitUnknown as error:
+            return [CommitUnknown(item.txn_id, error.cause) for item in proposals]
+
+    def _append(self, proposals: Sequence[Proposal]) -> list[Receipt | BaseException]:
+        memory, limits = self._memory, self._limits
+
+        def body(connection: sqlite3.Connection) -> tuple[Group, list[Receipt | BaseException]]:
+            if memory.generation != self._file.generation:
+                memory.forget(self._file.generation)
+            if memory.marks is None:
+                memory.marks = op_log.read_marks(connection)
+                memory.log_id = schema.read_log_id(connection)
+            group = Group(
+                connection,
+                self._tables,
+                memory,
+                memory.marks,
+                isoformat(self._clock.now()),
+                limits.buffer_transactions_max,
+                limits.buffer_bytes_max,
+                limits.full_retry_after_s,
             )
-            before.append(done.before)
-            children.append(done.children)
-            touched += done.touched
-        newest = max(self._tables[op.table].schema_version for op in accepted.ops)
-        op_log.append(
-            connection, place, txn_id, author, accepted, accepted_at, before, children, newest
-        )
-        op_log.touch(connection, place.position, touched)
-        connection.execute(
-            "UPDATE totals SET last_position = ?, last_seq = ?, change_counter = ?,"
-            " unsettled = unsettled + 1, unsettled_bytes = unsettled_bytes + ?",
-            (place.position, place.seq, counter, len(accepted.encoded)),
-        )
-        return Receipt(txn_id, place.seq, "host", accepted_at)
+            outcomes = group.add(proposals)
+            group.write()
+            return group, outcomes
 
-    def _check_space(self, unsettled: int, bytes_after: int) -> None:
-        limits = self._limits
-        if unsettled >= limits.buffer_transactions_max:
-            reason = f"buffer_transactions_max = {limits.buffer_transactions_max}"
-            raise BufferFull(limits.full_retry_after_s, reason)
-        if bytes_after > limits.buffer_bytes_max:
-            reason = f"buffer_bytes_max = {limits.buffer_bytes_max}"
-            raise BufferFull(limits.full_retry_after_s, reason)
+        try:
+            group, outcomes = self._file.append(body, sum(item.size_bytes for item in proposals))
+        except BaseException:
+            memory.forget(-1)
+            raise
+        memory.keep(group.marks, group.tail, group.changed, group.loaded)
+        self._file.acknowledged(memory.log_id, group.marks.seq)
+        return outcomes
+
+    def _behind(self) -> None:
+        """Do behind a group what its callers needn't wait for."""
+        tail = self._memory.tail
+        if tail is not None and (
+            len(tail.receipts) >= LISTED_AT_ONCE or tail.size_bytes >= LISTED_BYTES_MAX
+        ):
+            self._file.list_behind()
+        self._file.checkpoint()
+
+    def _list_new(self, connection: sqlite3.Connection) -> None:
+        """Make the tail of the log findable; by what is remembered of it, if that is certain."""
+        memory = self._memory
+        known = memory.tail if memory.generation == self._file.generation else None
+        memory.tail = None  # until the commit is seen: the next group looks
+        list_new(connection, self._tables, known.touches if known is not None else None)
 
     # -- the read half ----------------------------------------------------------------------------
 
@@ -202,12 +210,11 @@ class LocalStore(Delivery):
 
         Somebody else's row is absent. Rows carry `_version` (int) and `_pending` (bool).
         """
-        spec = self._spec(table)
+        spec, author = self._spec(table), user_uuid(user_id)
         row_id = lookup_id(spec, id)
-        with self._file.reading() as connection:
-            return (
-                None if row_id is None else rows.get(connection, spec, row_id, user_uuid(user_id))
-            )
+        if row_id is None:
+            return None
+        return self._file.read(lambda c: rows.get(c, self._tables, spec, row_id, author))
 
     def select(
         self,
@@ -222,21 +229,21 @@ class LocalStore(Delivery):
 
         `order_by` is a column, descending with a leading minus; ties go by id.
         """
-        with self._file.reading() as connection:
-            return rows.select(
-                connection, self._spec(table), user_uuid(user_id), where or {}, order_by, limit
-            )
+        spec, author = self._spec(table), user_uuid(user_id)
+        return self._file.read(
+            lambda c: selecting.select(c, self._tables, spec, author, where or {}, order_by, limit)
+        )
 
     def is_held(self, table: str, id: str, *, user_id: str) -> bool:
         """Tell whether this user's row, or its deletion, is known here."""
-        row_id = lookup_id(self._spec(table), id)
-        with self._file.reading() as connection:
-            return row_id is not None and rows.held(connection, table, row_id, user_uuid(user_id))
+        row_id, author = lookup_id(self._spec(table), id), user_uuid(user_id)
+        if row_id is None:
+            return False
+        return self._file.read(lambda c: rows.held(c, self._tables, (table, row_id), author))
 
     def change_counter(self) -> int:
-        """Return a number that grows with each local change; read it before asking the server."""
-        with self._file.reading() as connection:
-            return read_totals(connection).change_counter
+        """Return a number to hand to `refresh`; read it before asking the server."""
+        return self._file.read(op_log.read_marks).change_counter
 
     def refresh(
         self,
@@ -253,6 +260,27 @@ class LocalStore(Delivery):
         equal `where` and are missing from `server_rows` are dropped.
         """
         spec, author = self._spec(table), user_uuid(user_id)
-        with self._file.transaction("a refresh") as connection:
-            counter = next_counter(connection)
-            return rows.refresh(connection, spec, server_rows, author, as_of, where, counter)
+
+        def change(connection: sqlite3.Connection) -> int:
+            counter = op_log.next_counter(connection)
+            return selecting.refresh(
+                connection, self._tables, spec, server_rows, author, as_of, where, counter
+            )
+
+        return self._file.change("a refresh", change)
+
+    # -- upkeep of the file -----------------------------------------------------------------------
+
+    def _now(self) -> str:
+        return isoformat(self._clock.now())
+
+    def _mend(self, connection: sqlite3.Connection) -> None:
+        self._memory.forget(-1)
+        integrity.quarantine(connection, self._now())
+        integrity.relist(connection, self._tables)
+
+    def _relist(self, connection: sqlite3.Connection) -> None:
+        integrity.relist(connection, self._tables)
+
+    def _adopt(self, connection: sqlite3.Connection) -> None:
+        schemas.adopt(connection, self._tables)

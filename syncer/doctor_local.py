@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
-from local_store import schema
+from local_store import opening
 from syncer.core.diagnosis import Check, failed, passed
 
 SQLITE_STRICT = (3, 37, 0)  # the first with STRICT tables
@@ -33,7 +33,7 @@ def local_checks(folder: Path, buffer_bytes_max: int) -> list[Check]:
         return checks
     checks += [_mode("folder.mode", folder, 0o700), _space(folder, buffer_bytes_max)]
     checks.append(_new_connection(folder))
-    file = folder / schema.FILE_NAME
+    file = folder / opening.FILE_NAME
     if file.exists():
         checks += [_mode("buffer.mode", file, 0o600), _journal(file)]
     else:
@@ -85,7 +85,7 @@ def _mode(name: str, path: Path, wanted: int) -> Check:
 
 
 def _space(folder: Path, buffer_bytes_max: int) -> Check:
-    used = sum(path.stat().st_size for path in folder.glob(schema.FILE_NAME + "*"))
+    used = sum(path.stat().st_size for path in folder.glob(opening.FILE_NAME + "*"))
     return judge_space(shutil.disk_usage(folder).free, used, buffer_bytes_max)
 
 
@@ -107,7 +107,7 @@ def _new_connection(folder: Path) -> Check:
     try:
         with (
             tempfile.TemporaryDirectory(prefix="doctor-", dir=folder) as scratch,
-            closing(schema.connect(Path(scratch) / "scratch.db")) as connection,
+            closing(opening.connect(Path(scratch) / "scratch.db")) as connection,
         ):
             journal = str(connection.execute("PRAGMA journal_mode").fetchone()[0])
             synchronous = int(connection.execute("PRAGMA synchronous").fetchone()[0])

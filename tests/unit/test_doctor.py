@@ -101,7 +101,7 @@ def test_looking_leaves_the_buffer_as_it_was(folder):
     assert (folder / "buffer.db").read_bytes() == before
     # A reader of a WAL database makes these two when nobody has it open; both may be empty.
     left = {path.name for path in folder.iterdir()} - {"buffer.db-shm", "buffer.db-wal"}
-    assert left == {"buffer.db", "buffer.lock"}
+    assert left == {"buffer.db", "buffer.lock", "acknowledged", "ballast"}
 
 
 def test_a_store_in_use_is_examined_and_goes_on(folder):

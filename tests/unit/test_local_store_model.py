@@ -41,6 +41,24 @@ class Model:
         self.versions: dict[tuple[str, str], int] = {}
         self.owners: dict[tuple[str, str], str] = {}
         self.log: dict[str, tuple[str, set[tuple[str, str]]]] = {}  # txn_id → state, rows
+        self.changes: dict[str, tuple[Any, set[tuple[str, str]]]] = {}  # txn_id → op, rows
+        self.confirmed: set[str] = set()
+
+    def replay(self) -> None:
+        """Make the rows anew from all that wasn't discarded; what changes by it is a change."""
+        before, self.rows = self.rows, {}
+        for txn_id, (op, keys) in self.changes.items():
+            if self.log[txn_id][0] == "discarded":
+                continue
+            key = (op.table, op.values["id"] if isinstance(op, Insert) else op.id)
+            if isinstance(op, Insert):
+                self.rows[key] = {name: v for name, v in op.values.items() if name != "id"}
+            elif isinstance(op, Update) and key in self.rows:
+                self.rows[key] = {**self.rows[key], **op.changes}
+            elif isinstance(op, Delete):
+                self.rows = {other: row for other, row in self.rows.items() if other not in keys}
+        for key in before.keys() | self.rows.keys():
+            self.versions[key] += before.get(key) != self.rows.get(key)
 
     def delete(self, key: tuple[str, str]) -> set[tuple[str, str]]:
         touched = {key}
@@ -77,6 +95,7 @@ class StoreMachine(RuleBasedStateMachine):
         receipt = self.store.write(ops, user_id=user)
         assert receipt.seq == len(self.model.log) + 1
         self.model.log[receipt.txn_id] = ("pending", touched)
+        self.model.changes[receipt.txn_id] = (ops[0], touched)
 
     @rule(target=keys, user=USERS, text=TEXTS)
     def insert_note(self, user: str, text: str | None) -> Any:
@@ -157,10 +176,17 @@ class StoreMachine(RuleBasedStateMachine):
             return
         txn_id = list(self.model.log)[nth]
         known, keys = self.model.log[txn_id]
+        inserts = isinstance(self.model.changes[txn_id][0], Insert)
+        if state == "discarded" and (inserts or txn_id in self.model.confirmed):
+            return  # then the server says what became of the row
         for _ in range(2):  # the second is a duplicate
             self.store.record([Outcome(txn_id, state, retry_after_s=5.0)])
         if known not in ("applied", "discarded"):
             self.model.log[txn_id] = (state, keys)
+            if state == "applied":
+                self.model.confirmed.add(txn_id)
+            if state == "discarded":
+                self.model.replay()
         self.clock.advance(1)
 
     @rule()

@@ -128,7 +128,7 @@ def test_a_file_of_newer_code_is_refused_and_left_alone(tmp_path: Path):
     before = (tmp_path / "buffer.db").read_bytes()
     with pytest.raises(SchemaTooNew, match="m999_from_the_future") as caught:
         LocalStore.open(tmp_path, tables=TABLES)
-    assert caught.value.known == "create_op_log"
+    assert caught.value.known == "create_buffer"
     assert (tmp_path / "buffer.db").read_bytes() == before
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from local_store import Delete, Insert, InvalidWrite, LocalStore, user_uuid
 from local_store.clock import new_id
-from local_store.door import DoorLimits, accept, decode_ops, digest_of
+from local_store.decoding import decode_ops
+from local_store.door import DoorLimits, accept, digest_of
 from local_store.ops import by_name
 from tests.unit.buffer_tables import TABLES, USER, add, waiting
 
@@ -85,7 +86,7 @@ def test_accepted_ops_decode_to_the_same_values_and_digest(values: dict[str, Any
         accepted = accept(ops, SPECS, AUTHOR, DoorLimits())
     except InvalidWrite:
         return
-    decoded = decode_ops(accepted.encoded)
+    decoded = decode_ops(accepted.encoded, "{}", {})
     assert decoded == accepted.ops
     assert digest_of(decoded) == accepted.digest
     assert orjson.loads(accepted.encoded) == [op.to_json() for op in accepted.ops]

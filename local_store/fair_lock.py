@@ -1,0 +1,42 @@
+"""A lock that is handed over in the order of asking."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from types import TracebackType
+
+
+class FairLock:
+    """A mutual exclusion whose holder can't take it again before those who wait.
+
+    A flusher that records a large reply in slices would otherwise win every race for the next
+    slice, and a writer would wait for all of them. Not reentrant.
+    """
+
+    def __init__(self) -> None:
+        self._inner = threading.Lock()
+        self._held = False
+        self._waiting: deque[threading.Lock] = deque()
+
+    def __enter__(self) -> None:
+        with self._inner:
+            if not self._held:
+                self._held = True
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        turn.acquire()  # until the holder before us hands over: `held` stays true meanwhile
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._inner:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._held = False

@@ -1,0 +1,199 @@
+"""A buffer file that SQLite can't use any more: moved aside, and what it still holds carried over.
+
+Nothing is deleted: the damaged file stays in `quarantine/`, with a report beside it. Every record
+that passes its checksum comes into the new file, in the log and at the seq it had.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import struct
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from local_store import opening, schema
+
+FOLDER_NAME = "quarantine"
+PAGE_BYTES = 4_096
+_VALID_FOR = 92  # in the header: for which change the size in the header is valid
+_INTERIOR = 0x05  # a B-tree page of a table that points to others
+AT_ONCE = 200
+UNREADABLE_MAX = 50_000  # positions tried one by one behind the last readable record
+
+
+def free_folder(folder: Path) -> Path:
+    """Make a fresh folder in the quarantine."""
+    number = 1
+    while (target := folder / FOLDER_NAME / str(number)).exists():
+        number += 1
+    opening.make_folder(target.parent)
+    opening.make_folder(target)
+    return target
+
+
+def move_aside(folder: Path) -> Path:
+    """Move the buffer file, and what belongs to it, into a fresh folder of the quarantine."""
+    target = free_folder(folder)
+    for suffix in ("-shm", "-wal", ""):
+        with suppress(FileNotFoundError):
+            os.rename(folder / (opening.FILE_NAME + suffix), target / (opening.FILE_NAME + suffix))
+    opening.sync_folder(target)
+    opening.sync_folder(folder)
+    return target
+
+
+def carry_over(fresh: sqlite3.Connection, moved: Path, cause: str, found_at: str) -> None:
+    """Copy what is intact into a new, empty buffer file; the caller lists it afterwards."""
+    copy = moved / "salvage.db"
+    for suffix in ("", "-wal"):
+        with suppress(FileNotFoundError):
+            shutil.copyfile(moved / (opening.FILE_NAME + suffix), f"{copy}{suffix}")
+    counts = {"records": 0, "damaged": 0, "rows": 0}
+    try:
+        fresh.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        with closing(_open_damaged(copy, fresh)) as source:
+            fresh.execute("BEGIN IMMEDIATE")
+            _copy_logs(source, fresh)
+            _copy_records(source, fresh, counts)
+            _copy_rows(source, fresh, counts)
+            fresh.execute("COMMIT")
+    except (sqlite3.Error, UnicodeDecodeError):
+        with suppress(sqlite3.Error):
+            fresh.rollback()
+    for suffix in ("", "-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            os.unlink(f"{copy}{suffix}")
+    report = {"found_at": found_at, "cause": cause, **counts}
+    (moved / "report.json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
+    os.chmod(moved / "report.json", 0o600)
+
+
+def _open_damaged(copy: Path, fresh: sqlite3.Connection) -> sqlite3.Connection:
+    """Open a damaged file; where its header or schema is gone, with those of a new one.
+
+    The tables are made in one order, so their roots are on the same pages in every buffer file.
+    """
+    with suppress(sqlite3.Error, UnicodeDecodeError):
+        return _readable(copy)
+    (path,) = [row[2] for row in fresh.execute("PRAGMA database_list") if row[1] == "main"]
+    with open(path, "rb") as source, open(copy, "r+b") as target:
+        for number in _schema_pages(source.read(PAGE_BYTES)):
+            source.seek((number - 1) * PAGE_BYTES)
+            target.seek((number - 1) * PAGE_BYTES)
+            target.write(source.read(PAGE_BYTES))
+        target.seek(_VALID_FOR)
+        target.write(bytes(4))  # the size in the header isn't this file's: let SQLite measure it
+    return _readable(copy)
+
+
+def _schema_pages(first: bytes) -> list[int]:
+    """Return the pages of the schema's B-tree: the first, and the leaves it points to.
+
+    The page's layout is that of https://sqlite.org/fileformat2.html, section 1.6.
+    """
+    kind, _, cells, _, _, last = struct.unpack_from(">BHHHBI", first, 100)
+    if kind != _INTERIOR:
+        return [1]
+    pointers = struct.unpack_from(f">{cells}H", first, 112)
+    return [1, *(struct.unpack_from(">I", first, at)[0] for at in pointers), last]
+
+
+def _readable(copy: Path) -> sqlite3.Connection:
+    connection = opening.connect(copy, readonly=True)
+    try:
+        connection.text_factory = bytes  # damaged text must not stop the reading
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        connection.execute("SELECT position FROM op_log LIMIT 1").fetchone()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _copy_logs(source: sqlite3.Connection, fresh: sqlite3.Connection) -> None:
+    try:
+        found = source.execute(
+            "SELECT ordinal, CAST(log_id AS BLOB), device, inode, last_seq FROM logs"
+        ).fetchall()
+        totals = source.execute(
+            "SELECT last_position, log, last_seq, total_bytes, change_counter, version_floor"
+            " FROM totals"
+        ).fetchone()
+    except sqlite3.DatabaseError:
+        return
+    fresh.execute("DELETE FROM logs")
+    fresh.executemany(
+        "INSERT INTO logs (ordinal, log_id, device, inode, last_seq) VALUES (?, ?, 0, 0, ?)",
+        [(ordinal, log_id.decode("ascii", "replace"), end) for ordinal, log_id, _, _, end in found],
+    )
+    if totals is not None:
+        fresh.execute(
+            "UPDATE totals SET last_position = ?, log = ?, last_seq = ?, total_bytes = ?,"
+            " change_counter = ? + 1000, version_floor = ?",
+            totals,
+        )
+
+
+def _copy_records(
+    source: sqlite3.Connection, fresh: sqlite3.Connection, counts: dict[str, int]
+) -> None:
+    columns = [row[1].decode() for row in source.execute("PRAGMA table_info(op_log)")]
+    names = ", ".join(columns)
+    marks = ", ".join("?" * len(columns))
+    statement = f"SELECT {names}, coalesce({schema.intact()}, false) FROM op_log"
+    for record in _walk(source, statement, "position"):
+        if not record[-1]:
+            counts["damaged"] += 1
+            continue
+        values = [v.decode() if isinstance(v, bytes) else v for v in record[:-1]]
+        fresh.execute(f"INSERT OR IGNORE INTO op_log ({names}) VALUES ({marks})", values)
+        counts["records"] += 1
+
+
+def _copy_rows(
+    source: sqlite3.Connection, fresh: sqlite3.Connection, counts: dict[str, int]
+) -> None:
+    statement = (
+        "SELECT rowid, tbl, id, user_id, parent_id, base, version, changed_at, body,"
+        f" coalesce({schema.row_intact()}, false) FROM rows"
+    )
+    for record in _walk(source, statement, "rowid"):
+        if record[-1]:
+            values = [v.decode() if isinstance(v, bytes) else v for v in record[1:-1]]
+            fresh.execute(
+                "INSERT OR IGNORE INTO rows"
+                " (tbl, id, user_id, parent_id, base, version, changed_at, body)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                values,
+            )
+            counts["rows"] += 1
+
+
+def _walk(source: sqlite3.Connection, statement: str, key: str) -> Iterator[tuple[Any, ...]]:
+    """Yield a table's records by key; around unreadable pages one by one."""
+    after, failures = 0, 0
+    while failures < UNREADABLE_MAX:
+        try:
+            found = source.execute(
+                f"{statement} WHERE {key} > ? ORDER BY {key} LIMIT {AT_ONCE}", (after,)
+            ).fetchall()
+            if not found:
+                return
+            yield from found
+            after, failures = int(found[-1][0]), 0
+        except sqlite3.DatabaseError:
+            for number in range(after + 1, after + AT_ONCE + 1):
+                with suppress(sqlite3.DatabaseError):
+                    one = source.execute(f"{statement} WHERE {key} = ?", (number,)).fetchone()
+                    if one is not None:
+                        failures = 0
+                        yield one
+                        continue
+                failures += 1
+            after += AT_ONCE
