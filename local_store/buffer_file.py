@@ -334,7 +334,7 @@ class BufferFile(FileLife):
                 full = BufferFull(self._full_retry_after_s, "the disk is full")
                 raise full from error
             if opening.is_undecodable(error):
-                raise RecordDamaged from error  # the original message quotes users' data
+                raise RecordDamaged from None  # the original message quotes users' data
             clean = opening.clean_error(self._path, error)
             if clean is None:
                 raise

@@ -93,7 +93,10 @@ def open_file(path: Path) -> sqlite3.Connection:
 
     Raises StoreCorrupt, SchemaTooNew, or sqlite3.Error when the disk refuses.
     """
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    # Made by hand for its mode, and only where there is none: closing a descriptor of one's own
+    # would drop the locks that another connection of this process holds on the file.
+    if not path.exists():
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     connection = connect(path)
     try:
         migrate(connection)

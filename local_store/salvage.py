@@ -56,8 +56,7 @@ def carry_over(fresh: sqlite3.Connection, moved: Path, cause: str, found_at: str
             shutil.copyfile(moved / (opening.FILE_NAME + suffix), f"{copy}{suffix}")
     counts = {"records": 0, "damaged": 0, "rows": 0}
     try:
-        fresh.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        with closing(_open_damaged(copy, fresh)) as source:
+        with closing(_open_damaged(copy)) as source:
             fresh.execute("BEGIN IMMEDIATE")
             _copy_logs(source, fresh)
             _copy_records(source, fresh, counts)
@@ -74,21 +73,23 @@ def carry_over(fresh: sqlite3.Connection, moved: Path, cause: str, found_at: str
     os.chmod(moved / "report.json", 0o600)
 
 
-def _open_damaged(copy: Path, fresh: sqlite3.Connection) -> sqlite3.Connection:
+def _open_damaged(copy: Path) -> sqlite3.Connection:
     """Open a damaged file; where its header or schema is gone, with those of a new one.
 
     The tables are made in one order, so their roots are on the same pages in every buffer file.
     """
     with suppress(sqlite3.Error, UnicodeDecodeError):
         return _readable(copy)
-    (path,) = [row[2] for row in fresh.execute("PRAGMA database_list") if row[1] == "main"]
-    with open(path, "rb") as source, open(copy, "r+b") as target:
+    pattern = copy.with_name("new.db")
+    opening.open_file(pattern).close()
+    with open(pattern, "rb") as source, open(copy, "r+b") as target:
         for number in _schema_pages(source.read(PAGE_BYTES)):
             source.seek((number - 1) * PAGE_BYTES)
             target.seek((number - 1) * PAGE_BYTES)
             target.write(source.read(PAGE_BYTES))
         target.seek(_VALID_FOR)
         target.write(bytes(4))  # the size in the header isn't this file's: let SQLite measure it
+    pattern.unlink()
     return _readable(copy)
 
 

@@ -32,6 +32,11 @@ CONTENT = (
     " schemas, size_bytes, total_bytes"
 )
 STATUS = "position, state, parked, attempts, due_at, held_since, settled_at, reply, bases, versions"
+_TEXT = (
+    "txn_id, user_id, digest, accepted_at, ops, before, children, records, schemas, state,"
+    " held_since, settled_at, reply, bases, versions"
+)
+_ROW_TEXT = "tbl, id, user_id, parent_id, body, base"
 ROW = "tbl, id, user_id, parent_id, body, base, version, changed_at"
 
 # Stages of a touch. Only a REPLAYED one is not part of what a reader sees: its row has it already.
@@ -48,6 +53,11 @@ def seal(*values: bytes | None) -> int:
 def _seal(columns: str, of: str = "") -> str:
     """Return the SQL that computes a record's seal; text is cast, since damaged text won't pass."""
     return f"seal({', '.join(f'CAST({of}{c.strip()} AS BLOB)' for c in columns.split(','))})"
+
+
+def _is_text(columns: str, of: str) -> str:
+    """Return the SQL that tells bytes from text: their casts are the same."""
+    return " AND ".join(f"typeof({of}{c.strip()}) <> 'blob'" for c in columns.split(","))
 
 
 def intact(of: str = "") -> str:
@@ -69,14 +79,14 @@ def intact(of: str = "") -> str:
     )
     status = f"CASE WHEN {of}status_crc IS NULL THEN {untouched}"
     return (
-        f"({of}content_crc = {_seal(CONTENT, of)}"
+        f"({of}content_crc = {_seal(CONTENT, of)} AND {_is_text(_TEXT, of)}"
         f" AND {status} ELSE {of}status_crc = {_seal(STATUS, of)} END)"
     )
 
 
 def row_intact(of: str = "") -> str:
     """Return the SQL that tells whether a row of `rows` is as it was written."""
-    return f"({of}crc = {_seal(ROW, of)})"
+    return f"({of}crc = {_seal(ROW, of)} AND {_is_text(_ROW_TEXT, of)})"
 
 
 _TABLES = (

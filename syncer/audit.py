@@ -86,7 +86,7 @@ def audit(remote: Remote, store: LocalStore | None = None) -> AuditReport:
         mismatches = _content_mismatches(remote, store)
         for log in store.logs():
             log_id = log["log_id"]
-            found = _audit_held(remote, store, log_id, known.pop(log_id, {}))
+            found = _audit_held(remote, store, log_id, known.pop(log_id, {}), log["last_seq"])
             audits.append(replace(found, content_mismatch=found.content_mismatch + mismatches))
             mismatches = 0  # rows belong to the buffer, not to one of its logs
     audits += [_audit_remote_only(log_id, log) for log_id, log in sorted(known.items())]
@@ -105,7 +105,9 @@ def _audit_remote_only(log_id: str, log: Row) -> LogAudit:
     )
 
 
-def _audit_held(remote: Remote, store: LocalStore, log_id: str, log: Row) -> LogAudit:
+def _audit_held(
+    remote: Remote, store: LocalStore, log_id: str, log: Row, last_seq: int
+) -> LogAudit:
     # The buffer is read first: what it calls pending may be applied a moment later, and the server,
     # read second, then says so; the other way round a transaction could be in neither.
     local = list(_local_entries(store, log_id))
@@ -125,9 +127,7 @@ def _audit_held(remote: Remote, store: LocalStore, log_id: str, log: Row) -> Log
     # Known there and not in this buffer: an older life of the log, or compacted away.
     states.update(str(entry["state"]) for entry in listed.values())
     states["applied"] += max(0, forgotten)
-    acknowledged = max(
-        int(log.get("acknowledged_seq", 0)), local[-1].seq if local else 0, sum(states.values())
-    )
+    acknowledged = max(int(log.get("acknowledged_seq", 0)), last_seq, sum(states.values()))
     lost = states.pop("lost", 0)
     missing = acknowledged - sum(states.values()) - lost
     return LogAudit(

@@ -35,7 +35,7 @@ def local_checks(folder: Path, buffer_bytes_max: int) -> list[Check]:
     checks.append(_new_connection(folder))
     file = folder / opening.FILE_NAME
     if file.exists():
-        checks += [_mode("buffer.mode", file, 0o600), _journal(file)]
+        checks += [_mode("buffer.mode", file, 0o600), _journal(file), _damage(folder, file)]
     else:
         checks.append(passed("buffer.journal", "no buffer yet; it is made by the first start"))
     return checks
@@ -125,6 +125,26 @@ def judge_durability(journal: str, synchronous: int) -> Check:
         "durability",
         f"new connections get journal_mode={journal}, synchronous={synchronous}",
         "put SYNCER_DATA_DIR on a local disk: WAL needs shared memory, which network disks lack",
+    )
+
+
+def _damage(folder: Path, file: Path) -> Check:
+    """See what the buffer set aside, read-only as `_journal` does."""
+    aside = folder / "quarantine"
+    files = sorted(path.name for path in aside.iterdir()) if aside.is_dir() else []
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True)) as connection:
+            (records,) = connection.execute("SELECT count(*) FROM quarantine").fetchone()
+            (lost,) = connection.execute("SELECT coalesce(sum(lost), 0) FROM logs").fetchone()
+    except sqlite3.Error:
+        return passed("buffer.damage", "not looked at: see buffer.journal")
+    if not (records or lost or files):
+        return passed("buffer.damage", "nothing was found damaged or missing")
+    return failed(
+        "buffer.damage",
+        f"{records} damaged records set aside, {lost} acknowledged transactions missing at the end"
+        f" of a log, {len(files)} files in {aside}",
+        "check the disk; `syncer audit` tells what the server has; keep the quarantine",
     )
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from local_store import LocalStore
+from local_store import LocalStore, LocalStoreError
 from local_store.clock import Clock, SystemClock
 from local_store.ops import Outcome, PendingTransaction, Row, Selection
 from syncer.core.backoff import RetryLimits, honoured_retry_after_s, retry_delay_s
@@ -159,7 +160,12 @@ class Flusher:
         a second one when something must be parked. One flusher works on a folder at a time.
         """
         with self._lock, self._store.flushing() as mine:
-            return self._flush_once() if mine else self._report(FlushReport(stopped="budget"))
+            if not mine:
+                return self._report(FlushReport(stopped="budget"))
+            report = self._flush_once()
+            with suppress(LocalStoreError):  # a full disk, say: the next pass tidies
+                self._store.tidy()
+            return report
 
     def _flush_once(self) -> FlushReport:
         if not self._breaker.allows(self._clock.monotonic()):

@@ -51,6 +51,10 @@ class Settings(BaseSettings):
     batch_bytes_max: int = _syncer("batch_bytes_max", 4 * _MIB, ge=64 * 1024)
     buffer_bytes_max: int = _syncer("buffer_bytes_max", 2048 * _MIB, ge=_MIB)
     buffer_transactions_max: int = _syncer("buffer_transactions_max", 2_000_000, ge=1)
+    # Rows for reads in an outage; the server has them all, so the least recently changed may go.
+    cache_bytes_max: int = _syncer("cache_bytes_max", 512 * _MIB, ge=_MIB)
+    # How far back `replay --settled` can tell a server that was restored from a backup.
+    settled_retention_s: float = _syncer("settled_retention_s", 86_400.0, ge=0)
     op_bytes_max: int = _syncer("op_bytes_max", 4 * _MIB, ge=1024)
     # One probe per interval in an outage: a struggling project isn't hammered by its own clients.
     breaker_interval_s: float = _syncer("breaker_interval_s", 5.0, gt=0, le=600)
@@ -105,4 +109,7 @@ def store_limits(settings: Settings) -> dict[str, Any]:
         "buffer_bytes_max": settings.buffer_bytes_max,
         "buffer_transactions_max": settings.buffer_transactions_max,
         "op_bytes_max": settings.op_bytes_max,
+        "cache_bytes_max": settings.cache_bytes_max,
+        "settled_retention_s": settings.settled_retention_s,
+        "file_bytes_max": 2 * settings.buffer_bytes_max,
     }

@@ -31,7 +31,7 @@ from syncer.service.buffers import (
 from syncer.service.log_setup import set_up_logging
 from syncer.service.operator_commands import conflicts_app, dead_letters_app
 from syncer.service.output import show_audit, show_document, show_flush, show_status, told
-from syncer.service.recovery_commands import doctor, replay
+from syncer.service.recovery_commands import backup, doctor, replay
 from syncer.service.supabase_commands import supabase_app
 from syncer.sessions.tables import SESSION_TABLES
 from syncer.settings import Settings, store_limits
@@ -49,6 +49,7 @@ app.add_typer(supabase_app, name="supabase")
 app.add_typer(dead_letters_app, name="dead-letters")
 app.add_typer(conflicts_app, name="conflicts")
 app.command()(replay)
+app.command()(backup)
 app.command()(doctor)
 
 

@@ -75,6 +75,26 @@ def replay(
     raise typer.Exit(_exit_of(report))
 
 
+def backup(
+    target: Annotated[Path, typer.Argument(help="The new file; it must not exist yet.")],
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Copy the buffer, consistently and while it is in use, to one file."""
+    settings = settings_for(data_dir)
+    with existing_store(settings) as store:
+        try:
+            store.backup(target)
+        except OSError as error:
+            reason = f"{target}: {error.strerror}"
+            raise SettingsError("TARGET", reason, hint="name a new file") from None
+        pending = store.stats()["pending"]
+    if json:
+        show_document({"target": str(target), "bytes": target.stat().st_size, "pending": pending})
+    else:
+        told(f"copied to {target}: {target.stat().st_size:,} bytes, {pending:,} undelivered")
+
+
 def _exit_of(report: ReplayReport) -> int:
     if report.complete:
         return 0
