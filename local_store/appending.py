@@ -99,12 +99,20 @@ class Group:
         return outcomes
 
     def write(self) -> bool:
-        """Put the records into the file; False when there are none."""
+        """Put the records into the file, durably; False when there are none.
+
+        One statement is a transaction by itself; only a large group, or one that had to list the
+        tail, needs more of them.
+        """
         step = ROWS_PER_INSERT * COLUMNS
+        if len(self._values) > step and not self._connection.in_transaction:
+            self._connection.execute("BEGIN IMMEDIATE")
         for start in range(0, len(self._values), step):
             part = self._values[start : start + step]
             places = ",".join([_PLACES] * (len(part) // COLUMNS))
             self._connection.execute(_INSERT + places, part)
+        if self._connection.in_transaction:
+            self._connection.execute("COMMIT")
         return bool(self._values)
 
     def _known(self, txn_ids: Sequence[str]) -> dict[str, tuple[str, str, Receipt]]:
@@ -139,8 +147,10 @@ class Group:
         known = self._memory.tail
         if known is None:  # somebody else's tail, or one that a failure left behind
             if unlisted(self._connection):
+                self._connection.execute("BEGIN IMMEDIATE")
                 list_new(self._connection, self._tables)
         elif known.touches and any(item.deletes for item in proposals):
+            self._connection.execute("BEGIN IMMEDIATE")
             list_new(self._connection, self._tables, known.touches)
         else:
             return

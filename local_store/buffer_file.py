@@ -36,6 +36,7 @@ from local_store.listing import unlisted
 from local_store.space import Ballast, check_free
 
 _CREATE = os.O_RDWR | os.O_CREAT
+LOOK_BYTES = 256 * 1024  # appended between two looks at the free space
 _NAME_BYTES = 16  # a random name per open store
 WAL_FRAMES_MAX = 1_000  # pages, 4 MB: a checkpoint of it takes about 10 ms, between two groups
 
@@ -75,6 +76,7 @@ class BufferFile(FileLife):
         self._damaged: tuple[int, int] | None = None  # the file that must not be used any more
         self._me = os.urandom(_NAME_BYTES)
         self._shared = self._share()
+        self._unlooked_bytes = LOOK_BYTES
         self._frames = 0  # in the write-ahead log since the last checkpoint, roughly
         self.generation = 0
 
@@ -89,7 +91,8 @@ class BufferFile(FileLife):
             try:
                 with self._cleanly():
                     self._connect()
-            except (RecordDamaged, StoreCorrupt):  # not in a record: in what tells of the file
+            except (RecordDamaged, StoreCorrupt, TypeError):
+                # Not in a record: in what tells of the file, a NULL where a number was included.
                 self._damaged = self._identity_on_disk()
                 self._connect()
 
@@ -221,19 +224,47 @@ class BufferFile(FileLife):
         self._high_water.write(log_id, seq)
 
     def _append(self, body: Callable[[sqlite3.Connection], Found], size_bytes: int) -> Found:
-        with self._locked() as connection:
-            check_free(self._folder, self._free_bytes_min, self._full_retry_after_s)
-            changes = connection.total_changes
-            connection.execute("BEGIN IMMEDIATE")
+        # Spelled out instead of `_locked`: each context manager costs as much as its system call.
+        self._check_process()
+        with self._lock:
+            if self._lock_fd < 0:
+                raise StoreClosed("this store is closed")
+            flock(self._lock_fd, LOCK_EX)
             try:
-                found = body(connection)
+                return self._append_locked(body, size_bytes)
             except BaseException as error:
-                self._undo(connection, error)
-                raise
-            # SQLite doesn't tell how long its log is; some changed rows share a page.
-            self._frames += 3 + (connection.total_changes - changes) // 2 + size_bytes // 4_096
-            self._commit(connection, "a group")
-            return found
+                clean = self._cleaned(error)
+                if clean is error:
+                    raise
+                raise clean from None if isinstance(clean, RecordDamaged) else error
+            finally:
+                flock(self._lock_fd, LOCK_UN)
+
+    def _append_locked(self, body: Callable[[sqlite3.Connection], Found], size_bytes: int) -> Found:
+        connection = self._opened()
+        self._note_others()
+        self._check_room(size_bytes)
+        changes = connection.total_changes
+        try:
+            found = body(connection)
+        except BaseException as error:
+            self._undo(connection, error)
+            if opening.is_io_error(error):  # perhaps of the sync: then anything may be true
+                self._give_up()
+                raise CommitUnknown("a group", str(error)) from error
+            raise
+        # SQLite doesn't tell how long its log is; some changed rows share a page.
+        self._frames += 3 + (connection.total_changes - changes) // 2 + size_bytes // 4_096
+        if not self._is_found():
+            self._follow("a group")
+        return found
+
+    def _check_room(self, size_bytes: int) -> None:
+        """Look at the disk once for each quarter MiB appended: others fill it too."""
+        self._unlooked_bytes += size_bytes
+        if self._unlooked_bytes >= LOOK_BYTES:
+            check_free(self._folder, self._free_bytes_min, self._full_retry_after_s)
+            self._unlooked_bytes = 0
 
     @contextmanager
     def _locked(self) -> Iterator[sqlite3.Connection]:
@@ -330,17 +361,21 @@ class BufferFile(FileLife):
         try:
             yield
         except (sqlite3.DatabaseError, UnicodeDecodeError, orjson.JSONDecodeError) as error:
-            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-                full = BufferFull(self._full_retry_after_s, "the disk is full")
-                raise full from error
-            if opening.is_undecodable(error):
-                raise RecordDamaged from None  # the original message quotes users' data
-            clean = opening.clean_error(self._path, error)
-            if clean is None:
+            clean = self._cleaned(error)
+            if clean is error:
                 raise
-            if isinstance(clean, StoreCorrupt):
-                self._damaged = self._identity
-            raise clean from error
+            raise clean from None if isinstance(clean, RecordDamaged) else error
+
+    def _cleaned(self, error: BaseException) -> BaseException:
+        """Return what an error means to a caller; the same where it is clear already."""
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+            return BufferFull(self._full_retry_after_s, "the disk is full")
+        if opening.is_undecodable(error):
+            return RecordDamaged()  # without its cause: the message quotes users' data
+        clean = opening.clean_error(self._path, error)
+        if isinstance(clean, StoreCorrupt):
+            self._damaged = self._identity
+        return clean or error
 
     def _check_process(self) -> None:
         """Refuse after a fork, before the lock: another thread may have held it at that moment."""

@@ -21,6 +21,7 @@ from local_store.clock import new_id
 from local_store.errors import InvalidWrite
 from local_store.ops import Column, Delete, Insert, Op, Row, TableSpec, Update, WireOp, user_uuid
 
+_UNKNOWN = "no such column in this table"
 INT_MIN, INT_MAX = -(2**63), 2**63 - 1
 # What Python and Postgres read alike: Python takes week dates, any separator and offsets up to a
 # day as well, which Postgres refuses (its offsets end before 16 hours).
@@ -162,11 +163,11 @@ def _check_required(spec: TableSpec, values: Row) -> None:
 
 
 def _checked(spec: TableSpec, column: str, value: Any, depth_max: int) -> Any:
-    if column not in spec.columns:
-        raise InvalidWrite(spec.name, column, "no such column in this table")
-    if not spec.writable(column):
-        raise InvalidWrite(spec.name, column, "is owned by the server and can't be written")
-    rule = spec.columns[column]
+    rule = spec.rules.get(column)
+    if rule is None:
+        known = column in spec.columns
+        reason = "is owned by the server and can't be written" if known else _UNKNOWN
+        raise InvalidWrite(spec.name, column, reason)
     if value is None:
         if not rule.nullable:
             raise InvalidWrite(spec.name, column, "must not be null")

@@ -101,7 +101,7 @@ class FileLife:
         try:
             return opening.open_file(self._path)
         except sqlite3.DatabaseError as error:
-            if not opening.is_corrupt(error):
+            if not (opening.is_corrupt(error) or opening.is_nonsense(error)):
                 raise
             return self._carry_over(str(error))
 
@@ -147,7 +147,11 @@ class FileLife:
         return found.st_dev, found.st_ino
 
     def _give_up(self) -> None:
-        """Close both connections; readers first, so that the writer's is the last."""
+        """Close both connections; readers first, so that the writer's is the last.
+
+        What is remembered of the file is void at once: the next one to be opened may be another.
+        """
+        self.generation += 1
         with self._read_lock:
             reader, self._reader = self._reader, None
             connection, self._connection = self._connection, None

@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
 from local_store.errors import StoreClosed
@@ -69,7 +70,7 @@ class _Coroutine(Generic[Item, Result]):
 class GroupCommit(Generic[Item, Result]):
     """Collects items and commits them in groups of at most 256, by one thread at a time.
 
-    `after` runs behind each group, when its callers are on their way already.
+    `after` runs behind each group, when its callers are on their way and the next may be led.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class GroupCommit(Generic[Item, Result]):
         self._leading = False
         self._closed = False
         self._idle = threading.Condition(self._mutex)
-        self._wanted = threading.Semaphore(0)
+        self._wanted: SimpleQueue[bool] = SimpleQueue()
         self._committer: threading.Thread | None = None
 
     def submit(self, item: Item) -> Result:
@@ -103,7 +104,7 @@ class GroupCommit(Generic[Item, Result]):
         if not leads:
             self._wait(waiter)
         while waiter.outcome is None:  # so it leads; behind a long queue its turn may come later
-            self._lead()
+            self._lead(waiter)
             if waiter.outcome is None:
                 self._wait(waiter)
         if isinstance(waiter.outcome, BaseException):
@@ -146,7 +147,7 @@ class GroupCommit(Generic[Item, Result]):
                 self._idle.wait()
             committer, self._committer = self._committer, None
         if committer is not None:
-            self._wanted.release()
+            self._wanted.put(False)
             committer.join()
 
     def _admit(self, waiter: _Thread[Item, Result] | _Coroutine[Item, Result]) -> None:
@@ -160,16 +161,13 @@ class GroupCommit(Generic[Item, Result]):
                 target=self._run, name="local_store commit", daemon=True
             )
             self._committer.start()
-        self._wanted.release()
+        self._wanted.put(True)
 
     def _run(self) -> None:
-        while True:
-            self._wanted.acquire()
-            if self._closed and not self._leading:
-                return
+        while self._wanted.get():
             self._lead()
 
-    def _lead(self) -> None:
+    def _lead(self, own: _Thread[Item, Result] | None = None) -> None:
         """Commit one group, then pass the lead on: a caller isn't kept for others' work."""
         group = self._take()
         outcomes = self._outcomes([waiter.item for waiter in group])
@@ -179,15 +177,16 @@ class GroupCommit(Generic[Item, Result]):
                 by_loop.setdefault(waiter.loop, []).append((waiter.future, outcome))
             else:
                 waiter.outcome = outcome
-                waiter.wake()
+                if waiter is not own:
+                    waiter.wake()
         for loop, answers in by_loop.items():
             _tell(loop, answers)
+        # Before anything that gives up the interpreter: those just woken would all go first.
+        self._hand_over()
         try:
             self._after()
-        except Exception:  # its callers have their answers; nobody may wait for the next leader
+        except Exception:  # its callers have their answers
             _log.exception("what follows a group of commits failed")
-        finally:
-            self._hand_over()
 
     def _take(self) -> list[_Thread[Item, Result] | _Coroutine[Item, Result]]:
         group: list[_Thread[Item, Result] | _Coroutine[Item, Result]] = []
@@ -210,7 +209,8 @@ class GroupCommit(Generic[Item, Result]):
         with self._mutex:
             if not self._waiting:
                 self._leading = False
-                self._idle.notify_all()
+                if self._closed:
+                    self._idle.notify_all()
                 return
             following = next(
                 (item for item in self._waiting if isinstance(item, _Thread) and not item.gone),

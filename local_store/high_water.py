@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 import uuid
 import zlib
 from contextlib import suppress
@@ -24,6 +25,7 @@ class HighWater:
 
     def __init__(self, folder: Path) -> None:
         self._descriptor = os.open(folder / FILE_NAME, os.O_RDWR | os.O_CREAT, 0o600)
+        self._lock = threading.Lock()  # a number that was closed may be another file's by now
 
     def read(self) -> tuple[str, int] | None:
         """Return (log_id, seq); None when there is no mark, or a torn one."""
@@ -39,9 +41,12 @@ class HighWater:
     def write(self, log_id: str, seq: int) -> None:
         """Note that `seq` is durable; a failure leaves the older mark, which is true as well."""
         body = _FORM.pack(uuid.UUID(log_id).bytes, seq)
-        with suppress(OSError):
-            os.pwrite(self._descriptor, body + _CRC.pack(zlib.crc32(body)), 0)
+        with self._lock, suppress(OSError):
+            if self._descriptor >= 0:
+                os.pwrite(self._descriptor, body + _CRC.pack(zlib.crc32(body)), 0)
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._descriptor)
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)

@@ -73,6 +73,8 @@ def read_marks(connection: sqlite3.Connection) -> Marks:
     last = connection.execute(
         "SELECT position, log, seq, total_bytes FROM op_log ORDER BY position DESC LIMIT 1"
     ).fetchone()
+    if totals is None or None in totals:
+        raise RecordDamaged
     position, log, seq, total_bytes, *rest = totals
     if last is not None:
         position, total_bytes = max(position, last[0]), max(total_bytes, last[3])

@@ -66,6 +66,18 @@ def is_undecodable(error: BaseException) -> bool:
     return no_text or isinstance(error, UnicodeDecodeError | orjson.JSONDecodeError)
 
 
+def is_io_error(error: BaseException) -> bool:
+    """Tell whether the disk failed under SQLite."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF == sqlite3.SQLITE_IOERR
+
+
+def is_nonsense(error: BaseException) -> bool:
+    """Tell whether SQLite found statements wrong that suit any file which is what it should be."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF == sqlite3.SQLITE_ERROR
+
+
 class SchemaDamaged(sqlite3.DatabaseError):
     """A table, an index or a trigger isn't what it was made to be. Inside this package."""
 

@@ -64,6 +64,11 @@ class TableSpec:
     on_delete: OnDelete = "keep_remote"
     schema_version: int = 1
     upcasts: Mapping[int, Callable[[Row], Row]] = field(default_factory=dict)
+    rules: Mapping[str, Column] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        written = {name: rule for name, rule in self.columns.items() if self.writable(name)}
+        object.__setattr__(self, "rules", written)  # looked up for each value of each write
 
     def writable(self, column: str) -> bool:
         """Tell whether a caller may give `column` a value."""

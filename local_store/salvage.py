@@ -24,7 +24,8 @@ PAGE_BYTES = 4_096
 _VALID_FOR = 92  # in the header: for which change the size in the header is valid
 _INTERIOR = 0x05  # a B-tree page of a table that points to others
 AT_ONCE = 200
-UNREADABLE_MAX = 50_000  # positions tried one by one behind the last readable record
+UNREADABLE = (sqlite3.Error, UnicodeDecodeError, TypeError, AttributeError)  # damaged as they come
+UNREADABLE_MAX = 5_000  # positions tried one by one behind the last readable record
 
 
 def free_folder(folder: Path) -> Path:
@@ -58,11 +59,14 @@ def carry_over(fresh: sqlite3.Connection, moved: Path, cause: str, found_at: str
     try:
         with closing(_open_damaged(copy)) as source:
             fresh.execute("BEGIN IMMEDIATE")
-            _copy_logs(source, fresh)
-            _copy_records(source, fresh, counts)
-            _copy_rows(source, fresh, counts)
+            with suppress(*UNREADABLE):  # what one part lost doesn't take the others along
+                _copy_logs(source, fresh)
+            with suppress(*UNREADABLE):
+                _copy_records(source, fresh, counts)
+            with suppress(*UNREADABLE):
+                _copy_rows(source, fresh, counts)
             fresh.execute("COMMIT")
-    except (sqlite3.Error, UnicodeDecodeError):
+    except UNREADABLE:
         with suppress(sqlite3.Error):
             fresh.rollback()
     for suffix in ("", "-wal", "-shm"):
@@ -78,7 +82,7 @@ def _open_damaged(copy: Path) -> sqlite3.Connection:
 
     The tables are made in one order, so their roots are on the same pages in every buffer file.
     """
-    with suppress(sqlite3.Error, UnicodeDecodeError):
+    with suppress(*UNREADABLE):
         return _readable(copy)
     pattern = copy.with_name("new.db")
     opening.open_file(pattern).close()
@@ -130,7 +134,8 @@ def _copy_logs(source: sqlite3.Connection, fresh: sqlite3.Connection) -> None:
         return
     fresh.execute("DELETE FROM logs")
     fresh.executemany(
-        "INSERT INTO logs (ordinal, log_id, device, inode, last_seq) VALUES (?, ?, 0, 0, ?)",
+        "INSERT OR IGNORE INTO logs (ordinal, log_id, device, inode, last_seq)"
+        " VALUES (?, ?, 0, 0, ?)",
         [(ordinal, log_id.decode("ascii", "replace"), end) for ordinal, log_id, _, _, end in found],
     )
     if totals is not None:

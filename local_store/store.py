@@ -158,7 +158,7 @@ class LocalStore(Delivery):
     def _append(self, proposals: Sequence[Proposal]) -> list[Receipt | BaseException]:
         memory, limits = self._memory, self._limits
 
-        def body(connection: sqlite3.Connection) -> tuple[Group, list[Receipt | BaseException]]:
+        def body(connection: sqlite3.Connection) -> list[Receipt | BaseException]:
             if memory.generation != self._file.generation:
                 memory.forget(self._file.generation)
             if memory.marks is None:
@@ -174,22 +174,22 @@ class LocalStore(Delivery):
                 limits.buffer_bytes_max,
                 limits.full_retry_after_s,
             )
-            outcomes = group.add(proposals)
-            group.write()
-            return group, outcomes
+            try:
+                outcomes = group.add(proposals)
+                group.write()
+            except BaseException:
+                memory.forget(-1)
+                raise
+            memory.keep(group.marks, group.tail, group.changed, group.loaded)
+            return outcomes
 
-        try:
-            group, outcomes = self._file.append(body, sum(item.size_bytes for item in proposals))
-        except BaseException:
-            memory.forget(-1)
-            raise
-        memory.keep(group.marks, group.tail, group.changed, group.loaded)
-        self._file.acknowledged(memory.log_id, group.marks.seq)
-        return outcomes
+        return self._file.append(body, sum(item.size_bytes for item in proposals))
 
     def _behind(self) -> None:
         """Do behind a group what its callers needn't wait for."""
-        tail = self._memory.tail
+        tail, marks = self._memory.tail, self._memory.marks
+        if marks is not None:
+            self._file.acknowledged(self._memory.log_id, marks.seq)
         if tail is not None and (
             len(tail.receipts) >= LISTED_AT_ONCE or tail.size_bytes >= LISTED_BYTES_MAX
         ):

@@ -6,6 +6,7 @@ codes: 0 good, 1 found trouble, 2 usage or settings, 3 Supabase unreachable.
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 import threading
@@ -50,6 +51,8 @@ app.add_typer(dead_letters_app, name="dead-letters")
 app.add_typer(conflicts_app, name="conflicts")
 app.command()(replay)
 app.command()(backup)
+bench = typer.Typer(help="Measure this machine; needs a checkout of the project.")
+app.add_typer(bench, name="bench")
 app.command()(doctor)
 
 
@@ -193,6 +196,23 @@ def migrate(
     else:
         verb = "would apply" if dry_run else "applied"
         told("\n".join(f"{verb} {name}" for name in names) or "nothing to apply")
+
+
+@bench.command("ack")
+def bench_ack(
+    quick: Annotated[bool, typer.Option("--quick", help="One short round.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Into benchmarks/RESULTS.md.")] = False,
+    json: Json = False,
+) -> None:
+    """Measure how fast a durable write is acknowledged, against what else there is."""
+    try:
+        run = importlib.import_module("benchmarks.ack").main
+    except ModuleNotFoundError:
+        raise SettingsError(
+            "bench", "the benchmarks aren't part of the package", hint="run it in a checkout"
+        ) from None
+    chosen = {"--quick": quick, "--write": write, "--json": json}
+    run([name for name, given in chosen.items() if given])
 
 
 def _prune(settings: Settings) -> None:

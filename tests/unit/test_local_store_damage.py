@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import random
 import sqlite3
+import uuid
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 
 import orjson
 import pytest
 
 from local_store import CommitUnknown, Insert, LocalStore, Update
-from local_store.clock import new_id
+from local_store.clock import ManualClock, new_id
 from local_store.schema import CONTENT, STATUS, seal
 from syncer.testkit.disk_faults import flip_bits
 from tests.unit.buffer_tables import TABLES, USER, add, settle_all, waiting
@@ -123,10 +125,13 @@ def test_what_can_be_found_is_made_again_when_it_disagrees_with_the_log(tmp_path
 
 def test_flipped_bits_never_show_as_content_and_never_stop_the_buffer(tmp_path: Path):
     original = tmp_path / "original"
-    with LocalStore.open(original, tables=TABLES) as store:
-        written = {f"{n} " + "x" * 200 for n in range(40)}
+    numbers = (str(uuid.UUID(int=n)) for n in count(1))  # the same file each time, but its inode
+    with LocalStore.open(
+        original, tables=TABLES, clock=ManualClock(), ids=lambda: next(numbers)
+    ) as store:
+        written = [f"{n} " + "x" * 200 for n in range(40)]
         for text in written:
-            add(store, text=text)
+            add(store, text=text, id=next(numbers))
     carried = 0
     for seed in range(80):
         folder = tmp_path / str(seed)
@@ -138,7 +143,7 @@ def test_flipped_bits_never_show_as_content_and_never_stop_the_buffer(tmp_path: 
             waiting(store)
             found = texts(store)
             assert "after" in found
-            assert found <= written | {"after"}
+            assert found <= {*written, "after"}
             damage = store.damage()
             carried += len(damage["files"])
             assert len(found) == 41 or damage["quarantined"] or damage["files"]
