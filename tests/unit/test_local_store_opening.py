@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from local_store import (
     TableSpec,
 )
 from local_store.clock import ManualClock, new_id
+from local_store.limits import StoreLimits
 from local_store.ops import Chains, Selection
 from tests.unit.buffer_tables import TABLES, USER, add, settle_all, waiting
 
@@ -161,3 +164,18 @@ def test_a_write_waits_for_another_program_that_holds_the_file(store: LocalStore
         add(store)
         release.join()
     assert store.stats()["last_seq"] == 1
+
+
+def test_the_example_of_the_document_runs_as_it_stands(tmp_path: Path, monkeypatch, capsys):
+    document = Path(__file__).parents[2] / "docs" / "LOCAL_STORE.md"
+    (example,) = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
+    assert len(example.strip().splitlines()) <= 12
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, str(document), "exec"), {})
+    assert capsys.readouterr().out == "host 2\n"
+
+
+def test_every_limit_stands_in_the_document():
+    document = (Path(__file__).parents[2] / "docs" / "LOCAL_STORE.md").read_text()
+    missing = [f.name for f in fields(StoreLimits) if f"`{f.name}`" not in document]
+    assert missing == ["full_retry_after_s"]  # it is what BufferFull says
