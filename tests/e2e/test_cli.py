@@ -48,6 +48,24 @@ def test_flush_delivers_a_buffer_and_says_what_it_did(syncer, fresh_supabase, fo
     assert (again.code, again.document["sent"]) == (0, 0)
 
 
+def test_backup_copies_a_buffer_that_another_process_has_open(syncer, folder, tmp_path):
+    row_id = write_session(folder)
+    target, env = tmp_path / "copy.db", {"SYNCER_DATA_DIR": str(folder)}
+    with LocalStore.open(folder, tables=SESSION_TABLES):
+        ran = syncer("backup", str(target), "--json", env=env)
+    assert ran.code == 0, ran.err
+    assert ran.document == {
+        "target": str(target), "bytes": target.stat().st_size, "pending": 1
+    }  # fmt: skip
+    again = syncer("backup", str(target), env=env)
+    assert again.code == 2
+    assert str(target) in again.err
+    (tmp_path / "restored").mkdir()
+    target.rename(tmp_path / "restored" / "buffer.db")
+    with LocalStore.open(tmp_path / "restored", tables=SESSION_TABLES) as store:
+        assert store.get("sessions", row_id, user_id=USER)
+
+
 def test_flush_with_supabase_gone_exits_3_and_keeps_everything(syncer, folder):
     write_session(folder)
     env = {

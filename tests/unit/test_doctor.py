@@ -104,6 +104,18 @@ def test_looking_leaves_the_buffer_as_it_was(folder):
     assert left == {"buffer.db", "buffer.lock", "acknowledged", "ballast"}
 
 
+def test_what_the_buffer_set_aside_is_an_error_with_what_to_do(folder):
+    (folder / "buffer.db").write_bytes(b"not a database at all" * 300)
+    with LocalStore.open(folder, tables=[NOTES]) as store:
+        store.write([Insert("notes", {"text": "goes on"})], user_id="ana")
+    report = look(folder)
+    found = named(report, "buffer.damage")
+    assert not report.ok
+    assert "1 files in" in found.detail
+    assert "1 acknowledged transactions missing" in found.detail
+    assert "syncer audit" in found.remedy
+
+
 def test_a_store_in_use_is_examined_and_goes_on(folder):
     with LocalStore.open(folder, tables=[NOTES]) as store:
         assert look(folder).ok
