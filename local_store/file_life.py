@@ -132,6 +132,7 @@ class FileLife:
         try:
             salvage.carry_over(connection, moved, cause, self._upkeep.now())
             connection.execute("BEGIN IMMEDIATE")
+            salvage.name_logs(connection, self._high_water.read(), self._ids)
             self._upkeep.relist(connection)
             connection.execute("COMMIT")
         except BaseException:

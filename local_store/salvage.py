@@ -10,7 +10,7 @@ import os
 import shutil
 import sqlite3
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import orjson
 
 from local_store import opening, schema
+from local_store.door import canonical_uuid
 
 FOLDER_NAME = "quarantine"
 PAGE_BYTES = 4_096
@@ -136,13 +137,39 @@ def _copy_logs(source: sqlite3.Connection, fresh: sqlite3.Connection) -> None:
     fresh.executemany(
         "INSERT OR IGNORE INTO logs (ordinal, log_id, device, inode, last_seq)"
         " VALUES (?, ?, 0, 0, ?)",
-        [(ordinal, log_id.decode("ascii", "replace"), end) for ordinal, log_id, _, _, end in found],
+        [
+            (ordinal, name, end)
+            for ordinal, log_id, _, _, end in found
+            if (name := canonical_uuid(log_id.decode("ascii", "replace"))) is not None
+        ],
     )
     if totals is not None:
         fresh.execute(
             "UPDATE totals SET last_position = ?, log = ?, last_seq = ?, total_bytes = ?,"
             " change_counter = ? + 1000, version_floor = ?",
             totals,
+        )
+
+
+def name_logs(
+    fresh: sqlite3.Connection, mark: tuple[str, int] | None, ids: Callable[[], str]
+) -> None:
+    """Give logs whose names were unreadable others: the mark's to the newest, if it is free.
+
+    The server knows what it has by txn_id, whichever log brings it again.
+    """
+    known = {log_id for (log_id,) in fresh.execute("SELECT log_id FROM logs")}
+    nameless = fresh.execute(
+        "SELECT DISTINCT log FROM op_log WHERE log NOT IN (SELECT ordinal FROM logs)"
+        " ORDER BY log DESC"
+    ).fetchall()
+    for (ordinal,) in nameless:
+        log_id = mark[0] if mark is not None and mark[0] not in known else ids()
+        known.add(log_id)
+        fresh.execute(
+            "INSERT INTO logs (ordinal, log_id, device, inode, last_seq)"
+            " SELECT ?1, ?2, 0, 0, max(seq) FROM op_log WHERE log = ?1",
+            (ordinal, log_id),
         )
 
 

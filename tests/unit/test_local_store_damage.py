@@ -180,6 +180,17 @@ def test_with_the_header_destroyed_every_record_is_carried_over(tmp_path: Path, 
         assert store.damage()["lost"] == 0
 
 
+def test_with_the_names_of_the_logs_unreadable_the_mark_names_the_newest(tmp_path: Path):
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        ids = [add(store, text=str(n)) for n in range(20)]
+        log_id = store.log_id
+    damage(tmp_path, "UPDATE logs SET log_id = CAST(x'ff' AS TEXT)")
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        assert [txn.ops[0].id for txn in store.undelivered()] == ids
+        assert {txn.log_id for txn in store.undelivered()} == {log_id}
+        assert store.damage() == {"quarantined": 0, "lost": 0, "files": ["1"]}
+
+
 def test_a_deleted_write_ahead_log_is_counted_as_loss_and_nothing_is_given_out_twice(
     tmp_path: Path,
 ):
