@@ -107,6 +107,7 @@ class FileLife:
 
     def _begin(self, connection: sqlite3.Connection) -> None:
         """Bring an opened file up to date: its end, its lists, its identity."""
+        connection.execute("SELECT log_id FROM logs").fetchall()  # readable, or nothing is written
         try:
             self._list_unsynced(connection)
         except (RecordDamaged, sqlite3.Error, UnicodeDecodeError) as error:
