@@ -28,6 +28,8 @@ Item = TypeVar("Item", bound="Sized")
 Result = TypeVar("Result")
 
 GROUP_MAX = 256  # transactions under one sync: above it the copying costs more than the sync saves
+PATIENCE = 0.25  # of a commit: what a second, smaller one would cost several times over
+PATIENCE_MAX_S = 0.002  # a slow disk is no reason to dawdle
 GROUP_BYTES_MAX = 4 * 1024 * 1024  # of ops: a group of large ones doesn't delay the next for long
 
 
@@ -71,15 +73,22 @@ class GroupCommit(Generic[Item, Result]):
     """Collects items and commits them in groups of at most 256, by one thread at a time.
 
     `after` runs behind each group, when its callers are on their way and the next may be led.
+    Callers who were in the last group tend to come again at once: the next leader waits for as
+    many, for a part of the time that the last commit took (by `monotonic`, in seconds).
     """
 
     def __init__(
         self,
         commit: Callable[[Sequence[Item]], Sequence[Result | BaseException]],
         after: Callable[[], None],
+        monotonic: Callable[[], float],
+        *,
+        patience_max_s: float = PATIENCE_MAX_S,
     ) -> None:
         self._commit = commit
         self._after = after
+        self._monotonic = monotonic
+        self._patience_max_s = patience_max_s
         self._reset()
 
     def _reset(self) -> None:
@@ -90,6 +99,10 @@ class GroupCommit(Generic[Item, Result]):
         self._leading = False
         self._closed = False
         self._idle = threading.Condition(self._mutex)
+        self._expected, self._patience_s = 1, 0.0
+        self._gathering = False
+        self._gathered = threading.Lock()
+        self._gathered.acquire()
         self._wanted: SimpleQueue[bool] = SimpleQueue()
         self._committer: threading.Thread | None = None
 
@@ -154,6 +167,9 @@ class GroupCommit(Generic[Item, Result]):
         if self._closed:
             raise StoreClosed("this store is closed")
         self._waiting.append(waiter)
+        if self._gathering and len(self._waiting) >= self._expected:
+            self._gathering = False
+            self._gathered.release()
 
     def _call_committer(self) -> None:
         if self._committer is None:
@@ -169,8 +185,12 @@ class GroupCommit(Generic[Item, Result]):
 
     def _lead(self, own: _Thread[Item, Result] | None = None) -> None:
         """Commit one group, then pass the lead on: a caller isn't kept for others' work."""
+        self._gather()
         group = self._take()
+        began = self._monotonic()
         outcomes = self._outcomes([waiter.item for waiter in group])
+        self._expected = len(group)
+        self._patience_s = min(self._patience_max_s, PATIENCE * (self._monotonic() - began))
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Result], object]]] = {}
         for waiter, outcome in zip(group, outcomes, strict=True):
             if isinstance(waiter, _Coroutine):
@@ -187,6 +207,18 @@ class GroupCommit(Generic[Item, Result]):
             self._after()
         except Exception:  # its callers have their answers
             _log.exception("what follows a group of commits failed")
+
+    def _gather(self) -> None:
+        """Wait a little for those who were in the last group; for nobody after a group of one."""
+        with self._mutex:
+            self._gathering = len(self._waiting) < self._expected
+            if not self._gathering:
+                return
+        on_time = self._gathered.acquire(timeout=self._patience_s)
+        with self._mutex:
+            if not on_time and not self._gathering:  # they came between the two lines above
+                self._gathered.acquire()
+            self._gathering = False
 
     def _take(self) -> list[_Thread[Item, Result] | _Coroutine[Item, Result]]:
         group: list[_Thread[Item, Result] | _Coroutine[Item, Result]] = []

@@ -54,7 +54,7 @@ class LocalStore(Delivery):
             Upkeep(self._list_new, self._mend, self._relist, self._adopt, self._now),
         )
         self._memory = Memory(limits.views_bytes_max)
-        self._group = GroupCommit(self._commit, self._behind)
+        self._group = GroupCommit(self._commit, self._behind, clock.monotonic)
         self._on_write: Callable[[], None] | None = None
 
     @classmethod

@@ -227,7 +227,7 @@ def test_a_group_is_bounded_in_number_and_in_bytes():
         sizes.append([item.size_bytes for item in items])
         return [0] * len(items)
 
-    front: GroupCommit[Item, int] = GroupCommit(commit, lambda: None)
+    front: GroupCommit[Item, int] = GroupCommit(commit, lambda: None, SystemClock().monotonic)
     weights = [1] + [3 * 1024 * 1024] * 3 + [1] * 300
 
     async def main() -> None:
@@ -251,7 +251,7 @@ def test_what_fails_behind_a_group_is_nobodys_loss():
     class Item:
         size_bytes: int = 1
 
-    front: GroupCommit[Item, int] = GroupCommit(lambda items: [1] * len(items), after)
+    front: GroupCommit[Item, int] = GroupCommit(lambda items: [1] * len(items), after, lambda: 0.0)
     assert [front.submit(Item()) for _ in range(3)] == [1, 1, 1]
 
     async def main() -> None:
@@ -269,3 +269,42 @@ def test_listing_behind_a_write_leaves_the_next_commit_synced(tmp_path: Path):
         assert disk.count("sync", "-wal") == before
         add(store)
         assert disk.count("sync", "-wal") == before + 1
+
+
+def test_a_leader_waits_a_little_for_those_who_were_in_the_last_group():
+    """Callers in step: without the wait the first of each round would have a commit of its own."""
+
+    @dataclass
+    class Item:
+        size_bytes: int = 1
+
+    sizes: list[int] = []
+    moments = iter(range(0, 1_000_000, 3_600))  # each commit takes an hour: patience at its limit
+    first = threading.Event()
+
+    def commit(items: Sequence[Item]) -> list[int]:
+        sizes.append(len(items))
+        if len(sizes) == 1:
+            assert first.wait(DEADLINE_S)
+        return [1] * len(items)
+
+    front: GroupCommit[Item, int] = GroupCommit(
+        commit, lambda: None, lambda: next(moments), patience_max_s=DEADLINE_S
+    )
+    together = threading.Barrier(8)
+    leader = start(lambda _: front.submit(Item()), 1)
+    while not sizes:
+        first.wait(0.001)
+
+    def work(_: int) -> None:
+        for _ in range(5):
+            together.wait(DEADLINE_S)
+            front.submit(Item())
+
+    threads = start(work, 8)
+    while len(front._waiting) < 8:
+        first.wait(0.001)
+    first.set()
+    finish(leader + threads)
+    front.close()
+    assert sizes == [1, 8, 8, 8, 8, 8]
