@@ -8,214 +8,46 @@ minute of the machine meets all of them. Syncs are counted in processes apart, b
 from __future__ import annotations
 
 import argparse
-import asyncio
-import ctypes
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import orjson
 
-from benchmarks.ack_peers import CONTENDERS, NOTES, Syncer, is_installed, row
-from benchmarks.ack_report import report
+from benchmarks.ack_measure import large_row, measure, percentile, queued, sustained
+from benchmarks.ack_peers import CONTENDERS, is_installed
+from benchmarks.ack_report import CPU_BOUND, SLOW, report
+
+__all__ = ["main", "percentile"]
 
 HERE = Path(__file__).parent
-WARM_UP_S = 0.3  # the first statements of each size are prepared, the first pages allocated
-CPU_BOUND = "beside a CPU-bound thread"
-MODES = [("threads", n) for n in (1, 4, 16, 64)] + [("coroutines", n) for n in (1, 16, 64)]
+MODES = [(mode, n) for mode in ("threads", "coroutines") for n in (1, 4, 16, 64)]
 
 
-def percentile(values: list[float], share: float) -> float:
-    """Return the value below which `share` of the sorted values lie."""
-    return values[min(len(values) - 1, int(len(values) * share))]
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How long a run lasts; `counted_s` is the slice of a counting process."""
+
+    rounds: int
+    warm_s: float
+    slice_s: float
+    counted_s: float
+    modes: list[tuple[str, int]]
+    counted: list[tuple[str, int]]
+    queued: int
+    sustained_s: int
+    updates: int
 
 
-# -- one measurement, in a process of its own ------------------------------------------------------
-
-
-def measure(name: str, mode: str, callers: int, seconds: float, folder: Path, cpu: bool) -> Any:
-    """Let callers put rows for so long; returns rates, latencies and syncs."""
-    contender = CONTENDERS[name].make(folder)
-    contender.put(-1)  # the first opens connections and prepares statements
-    warm = list[float]()
-    if mode == "threads":
-        _threads(contender.put, callers, time.perf_counter() + WARM_UP_S, warm)
-    else:
-        asyncio.run(_coroutines(contender, callers, time.perf_counter() + WARM_UP_S, warm))
-    counted, latencies = _syncs(), list[float]()
-    stop = threading.Event()
-    if cpu:
-        threading.Thread(target=_spin, args=(stop,), daemon=True).start()
-    started = time.perf_counter()
-    end = started + seconds
-    if mode == "threads":
-        _threads(contender.put, callers, end, latencies)
-    else:
-        asyncio.run(_coroutines(contender, callers, end, latencies))
-    elapsed = time.perf_counter() - started
-    stop.set()
-    syncs = _syncs() - counted
-    held = contender.held()
-    acknowledged = 1 + len(warm) + len(latencies)
-    assert held == acknowledged, f"{name} holds {held}, {acknowledged} acknowledged"
-    contender.close()
-    latencies.sort()
-    return {
-        "ops_s": len(latencies) / elapsed,
-        "p50_ms": percentile(latencies, 0.5) * 1e3,
-        "p99_ms": percentile(latencies, 0.99) * 1e3,
-        "syncs_per_op": syncs / len(latencies) if _has_shim() else None,
-    }
-
-
-def _threads(put: Callable[[int], None], callers: int, end: float, latencies: list[float]) -> None:
-    def work(caller: int) -> None:
-        number = caller * 10_000_000
-        while (began := time.perf_counter()) < end:
-            put(number)
-            latencies.append(time.perf_counter() - began)
-            number += 1
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(callers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-async def _coroutines(contender: Any, callers: int, end: float, latencies: list[float]) -> None:
-    """Contenders without coroutines get a pool with a thread for each caller."""
-    loop = asyncio.get_running_loop()
-    with ThreadPoolExecutor(callers) as pool:
-
-        async def put(number: int) -> None:
-            if isinstance(contender, Syncer):
-                await contender.put_async(number)
-            else:
-                await loop.run_in_executor(pool, contender.put, number)
-
-        async def work(caller: int) -> None:
-            number = caller * 10_000_000
-            while (began := time.perf_counter()) < end:
-                await put(number)
-                latencies.append(time.perf_counter() - began)
-                number += 1
-
-        await asyncio.gather(*(work(n) for n in range(callers)))
-
-
-def _spin(stop: threading.Event) -> None:
-    number = 0
-    while not stop.is_set():
-        for _ in range(10_000):
-            number = (number * 31 + 7) % 1_000_003
-
-
-def _has_shim() -> bool:
-    return "count_syncs" in os.environ.get("LD_PRELOAD", "")
-
-
-def _syncs() -> int:
-    return int(ctypes.CDLL(None).count_syncs()) if _has_shim() else 0
-
-
-# -- scenarios of the buffer alone -----------------------------------------------------------------
-
-
-def queued(count: int, folder: Path) -> dict[str, Any]:
-    """Measure one caller on an empty buffer, then with `count` queued; memory and reads too."""
-    contender = Syncer(folder)
-    store = contender.store
-
-    def look() -> dict[str, float]:
-        latencies: list[float] = []
-        _threads(contender.put, 1, time.perf_counter() + 2, latencies)
-        latencies.sort()
-        reads = []
-        for _ in range(5):
-            began = time.perf_counter()
-            store.pending(transactions_max=500, bytes_max=1 << 22)
-            reads.append(time.perf_counter() - began)
-        return {
-            "p50_ms": percentile(latencies, 0.5) * 1e3,
-            "pending_ms": median(reads) * 1e3,
-            "rss_mb": _rss_mb(),
-        }
-
-    contender.put(-1)
-    empty = look()
-
-    async def fill() -> None:
-        async def work(caller: int) -> None:
-            for number in range(count // 64):
-                await contender.put_async(caller * 10_000_000 + number)
-
-        await asyncio.gather(*(work(n) for n in range(64)))
-
-    began = time.perf_counter()
-    asyncio.run(fill())
-    filled_s = time.perf_counter() - began
-    full = look()
-    held = contender.held()
-    contender.close()
-    return {"count": held, "filled_s": filled_s, "empty": empty, "full": full}
-
-
-def _rss_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def sustained(seconds: float, folder: Path) -> dict[str, float]:
-    """Measure 64 coroutines: the last second against the first."""
-    contender, counts = Syncer(folder), [0] * (int(seconds) + 2)
-
-    async def main() -> None:
-        started = time.perf_counter()
-
-        async def work(caller: int) -> None:
-            number = caller * 10_000_000
-            while (at := time.perf_counter() - started) < seconds:
-                await contender.put_async(number)
-                counts[int(at)] += 1
-                number += 1
-
-        await asyncio.gather(*(work(n) for n in range(64)))
-
-    asyncio.run(main())
-    contender.close()
-    return {"first": counts[0], "last": counts[int(seconds) - 1]}
-
-
-def large_row(folder: Path) -> dict[str, float]:
-    """Measure an update of one small column of a row of 1 KB and of one of 200 KB, in turn."""
-    from local_store import Insert, LocalStore, Update
-    from local_store.clock import new_id
-
-    found: dict[str, list[float]] = {"small": [], "large": []}
-    with LocalStore.open(folder, tables=[NOTES]) as store:
-        ids = {"small": new_id(), "large": new_id()}
-        for kind, size in (("small", 1_000), ("large", 200_000)):
-            values = {**row(0), "id": ids[kind], "text": "x" * size}
-            store.write([Insert("notes", values)], user_id="u")
-        for number in range(600):
-            for kind, row_id in ids.items():
-                began = time.perf_counter()
-                store.write([Update("notes", row_id, {"number": number})], user_id="u")
-                found[kind].append(time.perf_counter() - began)
-    return {f"{kind}_p50_ms": median(values) * 1e3 for kind, values in found.items()}
-
-
-# -- the whole run ---------------------------------------------------------------------------------
+MANY = [m for m in MODES if m[1] == 64]
+FULL = Size(3, 0.3, 0.8, 0.3, MODES, MODES, 100_000, 10, 600)
+QUICK = Size(1, 0.1, 0.15, 0.1, [m for m in MODES if m[1] in (1, 64)], MANY, 10_000, 2, 100)
 
 
 def run_child(arguments: dict[str, Any], folder: Path, environment: dict[str, str]) -> Any:
@@ -238,19 +70,14 @@ def run_child(arguments: dict[str, Any], folder: Path, environment: dict[str, st
 
 def child(asked: dict[str, Any]) -> Any:
     """Do what the parent asked for."""
-    folder = Path(asked["folder"])
-    match asked["what"]:
-        case "measure":
-            return measure(
-                asked["name"], asked["mode"], asked["callers"], asked["seconds"], folder,
-                asked.get("cpu", False),
-            )  # fmt: skip
-        case "queued":
-            return queued(asked["count"], folder)
-        case "sustained":
-            return sustained(asked["seconds"], folder)
-        case _:
-            return large_row(folder)
+    what, folder = asked.pop("what"), Path(asked.pop("folder"))
+    does: dict[str, Callable[..., Any]] = {
+        "queued": queued,
+        "sustained": sustained,
+        "large_row": large_row,
+        "measure": measure,
+    }
+    return does[what](**asked, folder=folder)
 
 
 def build_shim(folder: Path) -> Path | None:
@@ -264,55 +91,91 @@ def build_shim(folder: Path) -> Path | None:
     return target
 
 
-def whole_run(folder: Path, *, rounds: int, seconds: float, count: int) -> dict[str, Any]:
-    """Measure everything; returns what `report` turns into tables."""
-    shim = build_shim(folder)
-    preload = {"LD_PRELOAD": str(shim)} if shim else {}
-    names = [name for name, entry in CONTENDERS.items() if is_installed(entry)]
-    cells: dict[str, Any] = {}
-    plan = [(mode, callers, "") for mode, callers in MODES]
-    plan += [("threads", 16, CPU_BOUND)]
-    if shim:
-        plan += [(mode, 64, "at a sync of 2 ms more") for mode in ("threads", "coroutines")]
-    for number in range(rounds):
-        for mode, callers, where in plan:
-            turn = names[number % len(names) :] + names[: number % len(names)]
-            for name in turn:
-                asked = {"what": "measure", "name": name, "mode": mode, "callers": callers,
-                         "seconds": seconds, "cpu": where == CPU_BOUND}  # fmt: skip
-                slow = {**preload, "SYNC_DELAY_US": "2000"} if where.startswith("at a") else {}
-                found = run_child(asked, folder, slow)
-                cells.setdefault(f"{mode} {callers} {where}".strip(), {}).setdefault(
-                    name, []
-                ).append(found)
-            print(f"round {number + 1}: {mode} {callers} {where}", file=sys.stderr, flush=True)
-    counted = {
-        f"{mode} 64": {
-            name: run_child(
-                {"what": "measure", "name": name, "mode": mode, "callers": 64, "seconds": seconds},
-                folder,
-                preload,
-            )["syncs_per_op"]
-            for name in names
+class Run:
+    """One run: asks for each measurement and keeps what was found."""
+
+    def __init__(self, folder: Path, size: Size) -> None:
+        shim = build_shim(folder)
+        self._folder, self._size = folder, size
+        self._preload = {"LD_PRELOAD": str(shim)} if shim else {}
+        self._names = [name for name, entry in CONTENDERS.items() if is_installed(entry)]
+        self.cells: dict[str, dict[str, list[Any]]] = {}
+
+    def whole(self) -> dict[str, Any]:
+        """Measure everything; returns what `report` turns into tables."""
+        size, folder = self._size, self._folder
+        for number in range(size.rounds):
+            self._round(number)
+        return {
+            "cells": self.cells,
+            "syncs": self._syncs(),
+            "queued": run_child(
+                {"what": "queued", "count": size.queued, "look_s": 2 * size.slice_s}, folder, {}
+            ),
+            "sustained": run_child({"what": "sustained", "seconds": size.sustained_s}, folder, {}),
+            "large_row": run_child({"what": "large_row", "updates": size.updates}, folder, {}),
+            "missing": sorted(
+                {e.package for e in CONTENDERS.values() if e.package and not is_installed(e)}
+            ),
         }
-        for mode in ("threads", "coroutines")
-        if shim
-    }
-    return {
-        "cells": cells,
-        "syncs": counted,
-        "queued": run_child({"what": "queued", "count": count}, folder, {}),
-        "sustained": run_child({"what": "sustained", "seconds": 10}, folder, {}),
-        "large_row": run_child({"what": "large_row"}, folder, {}),
-        "missing": sorted({e.package for e in CONTENDERS.values() if not is_installed(e)} - {None}),
-    }
+
+    def turn(self, number: int) -> list[str]:
+        """Return the order of a round: each begins with another contender."""
+        first = number * len(self._names) // self._size.rounds
+        return self._names[first:] + self._names[:first]
+
+    def _round(self, number: int) -> None:
+        """Let every contender have its slice in every cell."""
+        plan = [(mode, callers, "") for mode, callers in self._size.modes]
+        plan.append(("threads", 16, CPU_BOUND))
+        plan += [(mode, 64, SLOW) for mode in ("threads", "coroutines") if self._preload]
+        for mode, callers, where in plan:
+            slow = where == SLOW
+            shim = {**self._preload, "SYNC_DELAY_US": "2000"} if slow else {}
+            for name in self.turn(number):
+                if slow and not CONTENDERS[name].durable:
+                    continue  # it hardly syncs: the disk's delay says nothing about it
+                found = self._measure(name, mode, callers, self._size.slice_s, shim, where)
+                cell = self.cells.setdefault(f"{mode} {callers} {where}".strip(), {})
+                cell.setdefault(name, []).append(found)
+            print(f"round {number + 1}: {mode} {callers} {where}", file=sys.stderr, flush=True)
+
+    def _syncs(self) -> dict[str, dict[str, float]]:
+        """Count the syncs of every contender at every number of callers."""
+        if not self._preload:
+            return {}
+        return {
+            f"{mode} {callers}": {
+                name: self._measure(name, mode, callers, self._size.counted_s, self._preload)[
+                    "syncs_per_op"
+                ]
+                for name in self._names
+            }
+            for mode, callers in self._size.counted
+        }
+
+    def _measure(
+        self, name: str, mode: str, callers: int, slice_s: float, shim: dict[str, str],
+        where: str = "",
+    ) -> Any:  # fmt: skip
+        asked = {"what": "measure", "name": name, "mode": mode, "callers": callers,
+                 "warm_s": self._size.warm_s, "slice_s": slice_s,
+                 "cpu": where == CPU_BOUND}  # fmt: skip
+        return run_child(asked, self._folder, shim)
+
+
+def workplace(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """Make a folder inside: what is removed at the end is never somebody's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(dir=folder.absolute())
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the options and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--quick", action="store_true", help="one short round, 50,000 queued")
+    parser.add_argument("--quick", action="store_true", help="one short round, fewer callers")
+    parser.add_argument("--million", action="store_true", help="1,000,000 queued, not 100,000")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--write", action="store_true", help="into RESULTS.md, with a plot")
     parser.add_argument("--folder", type=Path, default=Path(".bench"), help="on the disk measured")
@@ -320,17 +183,16 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.child:
         sys.stdout.write(orjson.dumps(child(orjson.loads(asked.child))).decode())
         return
-    folder: Path = asked.folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        rounds, seconds, count = (1, 0.5, 50_000) if asked.quick else (3, 1.0, 1_000_000)
-        found = whole_run(folder, rounds=rounds, seconds=seconds, count=count)
+    size = QUICK if asked.quick else FULL
+    if asked.million:
+        size = replace(size, queued=1_000_000)
+    with workplace(asked.folder) as place:
+        found = Run(Path(place), size).whole()
         if asked.json:
             sys.stdout.write(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())
-        else:
-            print(report(found, folder, write=asked.write))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if asked.write or not asked.json:
+            text = report(found, Path(place), write=asked.write)
+            print(text, file=sys.stderr if asked.json else sys.stdout)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,15 +39,12 @@ class Contender(Protocol):
 
     def put(self, number: int) -> None:
         """Keep a row; the number makes its content unlike any other."""
-        ...
 
     def held(self) -> int:
         """Return how many rows are kept."""
-        ...
 
     def close(self) -> None:
         """Close it."""
-        ...
 
 
 def row(number: int) -> dict[str, Any]:
@@ -81,14 +80,13 @@ class Floor:
 
     def __init__(self, folder: Path) -> None:
         self._descriptor = os.open(folder / "floor", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        self._lock, self._count = threading.Lock(), 0
+        self._lock = threading.Lock()
 
     def put(self, number: int) -> None:
         """Keep a row."""
         with self._lock:
             os.write(self._descriptor, f"{number:09}".encode() + b"x" * 4_087)
             os.fdatasync(self._descriptor)
-            self._count += 1
 
     def held(self) -> int:
         """Count the rows."""
@@ -107,7 +105,7 @@ class RawSqlite:
         self._db = sqlite3.connect(folder / "raw.db", isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute(f"PRAGMA synchronous = {synchronous}")
-        self._db.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, body TEXT)")
+        self._db.execute("CREATE TABLE IF NOT EXISTS t (id INTEGER PRIMARY KEY, body TEXT)")
 
     def put(self, number: int) -> None:
         """Keep a row."""
@@ -201,7 +199,8 @@ class DiskCache:
         from diskcache import Cache, Deque
 
         options = {"sqlite_synchronous": 2} if forced else {}
-        self._cache = Cache(str(folder), **options)
+        # no eviction, as the Deque has it that makes its own Cache: nothing may be culled
+        self._cache = Cache(str(folder), eviction_policy="none", **options)
         self._deque = Deque.fromcache(self._cache)
 
     def put(self, number: int) -> None:
@@ -218,12 +217,18 @@ class DiskCache:
 
 
 class QueueLib:
-    """queuelib's FifoDiskQueue behind a lock; forced: flush and fdatasync after each push."""
+    """queuelib's FifoDiskQueue behind a lock; forced: fdatasync after each push.
+
+    Kindly counted as durable then: its index (info.json) is written only when it is closed, so
+    that after a power loss the rows are in its file and the queue opens empty.
+    """
 
     def __init__(self, folder: Path, *, forced: bool) -> None:
         from queuelib import FifoDiskQueue
 
-        self._lock, self._queue = threading.Lock(), FifoDiskQueue(str(folder / "fifo"))
+        # forced: one file, since the last row of a full one could not be synced from here
+        options = {"chunksize": 1 << 30} if forced else {}
+        self._lock, self._queue = threading.Lock(), FifoDiskQueue(str(folder / "fifo"), **options)
         self._forced = forced
 
     def put(self, number: int) -> None:
@@ -232,7 +237,6 @@ class QueueLib:
         with self._lock:
             self._queue.push(encoded)
             if self._forced:
-                self._queue.headf.flush()
                 os.fdatasync(self._queue.headf.fileno())
 
     def held(self) -> int:
@@ -253,6 +257,22 @@ class Entry:
     package: str | None = None
 
 
+def syncs_by_default(options: Iterable[str]) -> bool:
+    """Tell by its compile options whether this SQLite syncs every WAL commit without a pragma.
+
+    It does unless it was built with SQLITE_DEFAULT_WAL_SYNCHRONOUS=1; peers that set none
+    (persist-queue, huey) are durable as shipped then.
+    """
+    built = dict(option.partition("=")[::2] for option in options)
+    return int(built.get("DEFAULT_WAL_SYNCHRONOUS", built.get("DEFAULT_SYNCHRONOUS", "2"))) >= 2
+
+
+def _compile_options() -> list[str]:
+    with closing(sqlite3.connect(":memory:")) as db:
+        return [str(option) for (option,) in db.execute("PRAGMA compile_options")]
+
+
+BY_DEFAULT = syncs_by_default(_compile_options())
 CONTENDERS: dict[str, Entry] = {
     "syncer": Entry(Syncer, True),
     "floor: append 4 KB + fdatasync": Entry(Floor, True),
@@ -260,33 +280,20 @@ CONTENDERS: dict[str, Entry] = {
     "raw sqlite3, NORMAL": Entry(lambda folder: RawSqlite(folder, "NORMAL"), False),
 }
 for name, kind, package, shipped in (
-    ("persist-queue", PersistQueue, "persist-queue", False),
+    ("persist-queue", PersistQueue, "persist-queue", BY_DEFAULT),
     ("litequeue", LiteQueue, "litequeue", False),
-    ("huey", Huey, "huey", True),  # no pragma of its own: SQLite's default is FULL
+    ("huey", Huey, "huey", BY_DEFAULT),
     ("diskcache", DiskCache, "diskcache", False),
     ("queuelib", QueueLib, "queuelib", False),
 ):
     for forced in (False, True):
-
-        def made(folder: Path, kind: Any = kind, forced: bool = forced) -> Contender:
-            """Open it in this folder."""
-            return kind(folder, forced=forced)  # type: ignore[no-any-return]
-
         label = f"{name}, {'forced' if forced else 'as shipped'}"
-        CONTENDERS[label] = Entry(made, forced or shipped, package)
+        CONTENDERS[label] = Entry(partial(kind, forced=forced), forced or shipped, package)
 
 
 def is_installed(entry: Entry) -> bool:
     """Tell whether a contender's package is here."""
-    from importlib.metadata import PackageNotFoundError, distribution
-
     try:
         return entry.package is None or bool(distribution(entry.package))
     except PackageNotFoundError:
         return False
-
-
-def sqlite_version() -> str:
-    """Return the version of the SQLite library."""
-    with closing(sqlite3.connect(":memory:")) as db:
-        return str(db.execute("SELECT sqlite_version()").fetchone()[0])

@@ -1,6 +1,6 @@
 """An outage of a day, compressed: 100,000 transactions queue up, then drain while writes go on.
 
-Prints what DESIGN asks of it: probes in the outage, acknowledgements before, in and after, the lag
+Prints the probes in the outage, the acknowledgements before, in and after it, the lag
 over time, memory. Real Postgres, PostgREST and supabase-py; the proxy refuses during the outage.
 
     python -m benchmarks.drain [--transactions 100000] [--users 200]

@@ -38,7 +38,7 @@ from local_store.ops import (
 )
 from local_store.views import split_name
 
-RECORD_MAX = 100  # outcomes at once: writers wait for about 10 ms meanwhile
+RECORD_MAX = 20  # outcomes at once: writers wait for a few ms meanwhile
 
 
 class Delivery:
@@ -87,7 +87,7 @@ class Delivery:
         return self._file.read(lambda c: due.undelivered(c, self._tables, selection, limit))
 
     def record(self, outcomes: Sequence[Outcome]) -> None:
-        """Write down what the server said, in order, at most 100 outcomes to a SQLite transaction.
+        """Write down what the server said, in order, at most 20 outcomes to a SQLite transaction.
 
         Recording twice is harmless: a settled transaction stays as it is. So is an end in the
         middle: what isn't recorded is sent again and comes back as a duplicate.

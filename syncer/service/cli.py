@@ -202,6 +202,7 @@ def migrate(
 def bench_ack(
     quick: Annotated[bool, typer.Option("--quick", help="One short round.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Into benchmarks/RESULTS.md.")] = False,
+    million: Annotated[bool, typer.Option("--million", help="Queue a million.")] = False,
     json: Json = False,
 ) -> None:
     """Measure how fast a durable write is acknowledged, against what else there is."""
@@ -211,7 +212,7 @@ def bench_ack(
         raise SettingsError(
             "bench", "the benchmarks aren't part of the package", hint="run it in a checkout"
         ) from None
-    chosen = {"--quick": quick, "--write": write, "--json": json}
+    chosen = {"--quick": quick, "--write": write, "--million": million, "--json": json}
     run([name for name, given in chosen.items() if given])
 
 
