@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from local_store import reopening
+from local_store import adopting, reopening
 from local_store import rows as rows_
 from local_store.decoding import RecordDamaged, decode_before, decode_ops, encode_schemas
 from local_store.op_log import touch, touched_by, wake_dependants
@@ -77,6 +77,7 @@ def rebase(
         base = None if row is None else str(row[tables[split_name(name)[0]].version])
         for stored in chains.transactions:
             reopening.meet(connection, stored.position, name, base)
+            adopting.forget(connection, stored.position, name)
     number(connection, tables, before, counter)
     return bytes_more
 

@@ -300,6 +300,10 @@ class Delivery:
             "oldest_age_s": self._age_s(op_log.oldest_undelivered(connection)),
         }
 
+    def oldest_age_s(self) -> float | None:
+        """Return the age of the oldest undelivered transaction, None when there is none."""
+        return self._age_s(self._file.read(op_log.oldest_undelivered))
+
     def _age_s(self, accepted_at: str | None) -> float | None:
         if accepted_at is None:
             return None

@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from local_store.adopting import Sealed
 from local_store.decoding import RecordDamaged, decode_before, decode_ops
 from local_store.op_log import DUE_AHEAD_MAX_S, narrowing, touched_by
 from local_store.ops import PendingTransaction, Selection, TableSpec, WireOp
@@ -25,7 +26,7 @@ PARKED_MAX = 50  # questions about parked work in one batch
 _COLUMNS = (
     "l.position, l.seq, l.txn_id, l.user_id, l.digest, l.accepted_at, l.ops, l.before, l.children,"
     " l.records, l.bases, l.size_bytes, l.attempts, l.parked, l.held_since, l.schemas,"
-    f" {intact('l.')}"
+    f" l.sealed, {intact('l.')}"
 )
 _IS_DUE = "(t.due_at <= ? OR t.due_at > ?)"
 _ASKS = "l.parked = 1 AND (l.due_at <= ? OR l.due_at > ?)"
@@ -156,7 +157,7 @@ class Due:
             return
         statement = f"SELECT {_COLUMNS} FROM {source} LIMIT ?"
         for row in self._connection.execute(statement, (*values, count)):
-            if not row[16]:
+            if not row[17]:
                 raise RecordDamaged
             self._bytes += row[11]
             if self.found and self._bytes > self._bytes_max:
@@ -199,18 +200,42 @@ def undelivered(
     return [_complete(connection, tables, row[-1], row[:-1]) for row in found]
 
 
+def sealable(
+    connection: sqlite3.Connection,
+    tables: Mapping[str, TableSpec],
+    after: int,
+    transactions_max: int,
+    bytes_max: int,
+) -> list[PendingTransaction]:
+    """Return the undelivered ones behind a position, due or not, of one log."""
+    found: list[PendingTransaction] = []
+    size = 0
+    for row in connection.execute(
+        f"SELECT {_COLUMNS}, (SELECT log_id FROM logs WHERE ordinal = l.log) FROM {_TURNS}"
+        " WHERE t.position > ? ORDER BY t.position LIMIT ?",
+        (after, transactions_max),
+    ).fetchall():
+        size += row[11]
+        if found and (row[-1] != found[0].log_id or size > bytes_max):
+            break
+        found.append(_complete(connection, tables, row[-1], row[:-1]))
+    return found
+
+
 def _complete(
     connection: sqlite3.Connection, tables: Mapping[str, TableSpec], log_id: str, row: Found
 ) -> PendingTransaction:
     position, seq, txn_id, user_id, digest, accepted_at, encoded, before, children = row[:9]
-    records, stored, size_bytes, attempts, parked, held_since, schemas, is_intact = row[9:]
+    records, stored, size_bytes, attempts, parked, held_since, schemas, sealed, is_intact = row[9:]
     if not is_intact:
         raise RecordDamaged
     ops = decode_ops(encoded, schemas, tables)
     taken_along = orjson.loads(children)
     _check_touches(connection, tables, position, ops, taken_along)
     known = None if stored is None else orjson.loads(stored)
-    bases, chained, after = _predecessors(connection, tables, position, ops, known)
+    bases, chained, after = _predecessors(
+        connection, tables, position, ops, known, Sealed.decode(sealed)
+    )
     return PendingTransaction(
         seq=seq,
         txn_id=txn_id,
@@ -257,17 +282,24 @@ def _predecessors(
     position: int,
     ops: Sequence[WireOp],
     stored: Mapping[str, str | None] | None,
+    sealed: Sealed,
 ) -> tuple[tuple[str | None, ...], tuple[bool, ...], tuple[str, ...]]:
     """Find what each op builds on: a server version, or an unsettled change that goes first.
 
-    `stored` bases are those of a transaction that was applied before and is sent again.
+    `stored` bases are those of a transaction that was applied before and is sent again. What
+    another buffer `sealed` outranks what is known here: it was there.
     """
     bases: list[str | None] = []
     chained: list[bool] = []
-    after: dict[str, None] = {}  # ordered and without doubles
+    after: dict[str, None] = dict.fromkeys(sealed.after)  # ordered and without doubles
     seen: set[tuple[str, str]] = set()
     for op in ops:
-        key = (op.table, op.id)
+        key, name = (op.table, op.id), f"{op.table}/{op.id}"
+        if key not in seen and op.kind != "insert" and sealed.speaks_of(name):
+            bases.append(sealed.bases.get(name))
+            chained.append(name in sealed.chained)
+            seen.add(key)
+            continue
         earlier = _last_touch(connection, key, position)
         spec = tables.get(op.table)  # None: no longer registered, and still to be delivered
         parent = spec.parent if spec else None
@@ -281,7 +313,6 @@ def _predecessors(
         if follows or op.kind == "insert":
             bases.append(None)
         else:
-            name = f"{op.table}/{op.id}"
             bases.append(base_of(connection, key) if stored is None else stored.get(name))
         seen.add(key)
     return tuple(bases), tuple(chained), tuple(after)

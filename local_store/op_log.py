@@ -346,6 +346,12 @@ def oldest_undelivered(connection: sqlite3.Connection, log: int | None = None) -
     return None if found is None else found[0]
 
 
+def undelivered_after(connection: sqlite3.Connection, position: int) -> int:
+    """Return how many undelivered transactions stand behind a position."""
+    found = connection.execute("SELECT count(*) FROM turns WHERE position > ?", (position,))
+    return int(found.fetchone()[0])
+
+
 def count_parked(connection: sqlite3.Connection) -> dict[int, int]:
     """Return how many transactions of each log the server keeps parked."""
     found = connection.execute("SELECT log, count(*) FROM op_log WHERE parked = 1 GROUP BY log")

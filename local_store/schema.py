@@ -31,10 +31,13 @@ CONTENT = (
     "position, log, seq, txn_id, user_id, digest, accepted_at, ops, before, children, records,"
     " schemas, size_bytes, total_bytes"
 )
-STATUS = "position, state, parked, attempts, due_at, held_since, settled_at, reply, bases, versions"
+STATUS = (
+    "position, state, parked, attempts, due_at, held_since, settled_at, reply, bases, versions,"
+    " sealed"
+)
 _TEXT = (
     "txn_id, user_id, digest, accepted_at, ops, before, children, records, schemas, state,"
-    " held_since, settled_at, reply, bases, versions"
+    " held_since, settled_at, reply, bases, versions, sealed"
 )
 _ROW_TEXT = "tbl, id, user_id, parent_id, body, base"
 ROW = "tbl, id, user_id, parent_id, body, base, version, changed_at"
@@ -75,6 +78,7 @@ def intact(of: str = "") -> str:
             "reply IS NULL",
             "bases IS NULL",
             "versions IS NULL",
+            "sealed IS NULL",
         )
     )
     status = f"CASE WHEN {of}status_crc IS NULL THEN {untouched}"
@@ -116,7 +120,8 @@ _TABLES = (
         records      TEXT NOT NULL DEFAULT '[]',
         bases        TEXT,
         versions     TEXT,
-        reply        TEXT
+        reply        TEXT,
+        sealed       TEXT
     ) STRICT
     """,
     "CREATE INDEX op_log_held ON op_log (due_at) WHERE state = 'held'",

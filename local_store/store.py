@@ -26,9 +26,10 @@ from local_store.limits import StoreLimits
 from local_store.listing import LISTED_AT_ONCE, LISTED_BYTES_MAX, list_new
 from local_store.memory import Memory, Proposal
 from local_store.ops import Op, Receipt, Row, TableSpec, by_name, user_uuid
+from local_store.sealing import Sealing
 
 
-class LocalStore(Delivery):
+class LocalStore(Delivery, Sealing):
     """A folder that acknowledges writes durably and remembers what still has to be delivered.
 
     Thread-safe; several processes may share a folder. Open with `LocalStore.open`.

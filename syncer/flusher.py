@@ -247,7 +247,10 @@ class Flusher:
 
     def _behind(self, found: Sorted) -> list[Park]:
         """Sort out what waits: behind parked work it is parked too, else it stays here."""
-        parked = self._store.parked_among([blocker for _, _, blocker in found.waiting])
+        blockers = {blocker for _, _, blocker in found.waiting}
+        parked = self._store.parked_among(list(blockers))
+        # What an adopted transaction waits for and isn't here was handed over by its own buffer.
+        parked |= {blocker for blocker in blockers if self._store.state(blocker) is None}
         parked |= {park.transaction.txn_id for park in found.refused}
         parks, stays = [], []
         for transaction, outcome, blocker in found.waiting:
@@ -341,6 +344,7 @@ def drain(
     *,
     budget_s: float,
     keep_going: Callable[[], bool] = lambda: True,
+    on_pass: Callable[[FlushReport], None] = lambda report: None,
 ) -> FlushReport:
     """Repeat passes until nothing is due, Supabase fails, or `budget_s` has passed.
 
@@ -351,6 +355,7 @@ def drain(
     total = FlushReport()
     while True:
         report = flusher.flush_once()
+        on_pass(report)
         total = total.plus(report)
         if report.stopped != "budget" or clock.monotonic() >= end or not keep_going():
             return total

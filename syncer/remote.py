@@ -41,6 +41,11 @@ class TableRead:
     limit: int = 1_000  # the hosted max_rows; the RPC caps it there too
 
 
+SeqRange = tuple[str, int, int]
+"""A log and its positions from first to last, both included."""
+RANGES_PER_CALL = 500  # some ten index lookups of a millisecond each
+
+
 class Remote(Protocol):
     """What the shipping half needs of a server: the real Supabase or a simulated one."""
 
@@ -62,6 +67,10 @@ class Remote(Protocol):
 
     def audit(self, log_id: str | None = None, *, after_seq: int = 0, limit: int = 5_000) -> Row:
         """Return what the server's ledger knows of all logs, or of one with its entries."""
+        ...
+
+    def settled(self, ranges: Sequence[SeqRange]) -> list[bool]:
+        """Tell of each range of positions whether all are final or parked. Raises SyncError."""
         ...
 
 
@@ -123,6 +132,32 @@ class SupabaseRemote:
         if not isinstance(reply, dict) or not isinstance(reply.get("logs"), list):
             raise ReplyUnreadable("the audit's reply carries no logs", hint="ask again")
         return reply
+
+    def settled(self, ranges: Sequence[SeqRange]) -> list[bool]:
+        """Ask `sync_settled_v1`, at most 500 ranges to a call."""
+        found: list[bool] = []
+        for start in range(0, len(ranges), RANGES_PER_CALL):
+            asked = [list(item) for item in ranges[start : start + RANGES_PER_CALL]]
+            reply = self._call("sync_settled_v1", {"p": {"ranges": asked}})
+            told = reply.get("settled") if isinstance(reply, dict) else None
+            if not isinstance(told, list) or len(told) != len(asked):
+                raise ReplyUnreadable("the reply doesn't answer for each range", hint="ask again")
+            found += [item is True for item in told]
+        return found
+
+    def lease(self, name: str, holder: str, seconds: float) -> bool:
+        """Take or renew a lease for a time, or give it back with 0; tells whether it is held."""
+        reply = self.operate("sync_lease_v1", {"name": name, "holder": holder, "seconds": seconds})
+        return reply.get("held") is True
+
+    def canary(self) -> list[str]:
+        """Return the tables of which a reserved user sees rows that aren't its own: none, if
+        row-level security holds.
+        """
+        visible = self.operate("sync_canary_v1", {}).get("visible")
+        if not isinstance(visible, list):
+            raise ReplyUnreadable("the canary's reply names no tables", hint="ask again")
+        return [str(table) for table in visible]
 
     def prune(self, retention_s: float) -> int:
         """Let the server forget final transactions older than `retention_s`; returns how many."""

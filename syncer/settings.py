@@ -11,6 +11,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from syncer.errors import SettingsError
 
+AckMode = Literal["local", "volume", "remote", "adaptive"]
+"""When a write is acknowledged; docs/SUPABASE_SETUP.md says what each costs and loses."""
+KEY_BYTES_MIN = 16
+
 _MIB = 1024 * 1024
 
 
@@ -42,7 +46,19 @@ class Settings(BaseSettings):
     use_supabase: bool = _plain("USE_SUPABASE", True)
 
     data_dir: Path = _syncer("data_dir", Path(".syncer/data"))
-    ack: Literal["local"] = _syncer("ack", "local")
+    volume_dir: Path | None = _syncer("volume_dir", None)
+    segment_key: SecretStr | None = _syncer("segment_key", None)
+    # After a rotation, until the segments sealed with the old key are collected.
+    segment_key_previous: SecretStr | None = _syncer("segment_key_previous", None)
+    # Segments of another environment are left alone; unset, the project's host name tells.
+    environment: str | None = _syncer("environment", None, min_length=1, max_length=64)
+    ack: AckMode = _syncer("ack", "local")
+    # How long a write waits for the server in mode `remote` before it is acknowledged as it is.
+    ack_timeout_s: float = _syncer("ack_timeout_s", 5.0, gt=0, le=60)
+    # A healthy delivery takes a tenth of it; from here on a container's loss would cost writes.
+    adaptive_after_s: float = _syncer("adaptive_after_s", 1.0, gt=0, le=3600)
+    # The container delivers by itself meanwhile; doing it twice is harmless, and costs calls.
+    adopt_after_s: float = _syncer("adopt_after_s", 120.0, ge=0, le=86_400)
     embedded_flusher: bool = _syncer("embedded_flusher", True)
     # The nudge after each write makes the interval matter only for retries and other processes.
     flush_interval_s: float = _syncer("flush_interval_s", 2.0, gt=0, le=3600)
@@ -79,6 +95,18 @@ class Settings(BaseSettings):
             raise ValueError("must be the bare project URL, without path, query or credentials")
         return value.rstrip("/")
 
+    @field_validator("segment_key", "segment_key_previous")
+    @classmethod
+    def _is_long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value().encode()) < KEY_BYTES_MIN:
+            raise ValueError(f"needs at least {KEY_BYTES_MIN} bytes, such as openssl rand -hex 32")
+        return value
+
+    @property
+    def environment_name(self) -> str:
+        """What segments are marked with: the environment, else the project's host name."""
+        return self.environment or urlsplit(self.supabase_url or "").hostname or "local"
+
     @classmethod
     def load(cls, **overrides: Any) -> Self:
         """Read the environment; `overrides` win. Raises SettingsError naming the setting."""
@@ -101,6 +129,25 @@ class Settings(BaseSettings):
                 hint="the worker needs the secret key; find it in the project's API settings",
             )
         return self.supabase_url, self.supabase_secret_key.get_secret_value()
+
+    def require_volume(self) -> tuple[Path, str]:
+        """Return (the Volume's folder, the segments' key); raises SettingsError."""
+        if self.volume_dir is None:
+            raise SettingsError(
+                "SYNCER_VOLUME_DIR", "is not set", hint="name a folder that outlives the container"
+            )
+        if self.segment_key is None:
+            raise SettingsError(
+                "SYNCER_SEGMENT_KEY",
+                "is not set",
+                hint="set the same secret for containers and workers: openssl rand -hex 32",
+            )
+        return self.volume_dir, self.segment_key.get_secret_value()
+
+    @property
+    def ships(self) -> bool:
+        """Tell whether acknowledgements may need the Volume."""
+        return self.ack in ("volume", "adaptive")
 
 
 def store_limits(settings: Settings) -> dict[str, Any]:

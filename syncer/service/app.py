@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from local_store import LocalStore
 from local_store.clock import new_id
+from syncer.acknowledger import Acknowledger
 from syncer.service import health, http_errors, session_routes
 from syncer.service.auth import Authenticator
 from syncer.service.health import Health, SyncState, WriteGate
@@ -31,8 +32,8 @@ T = TypeVar("T")
 # Reads may wait for Supabase and writes never do, so they don't share threads: a slow Supabase
 # fills the readers' and leaves the writers' alone.
 READ_THREADS_MAX = 24
-WRITE_THREADS_MAX = 16
-SHUTDOWN_WAIT_S = 10.0  # a write takes milliseconds; the platform grants 25 to 30 s in all
+WRITE_THREADS_MAX = 128  # each may wait for a commit of the Volume, which they share
+SHUTDOWN_WAIT_S = 4.0  # a write takes milliseconds; what waits for the Volume is in the buffer
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 
@@ -46,11 +47,15 @@ def create_app(
     remote: Reads | None = None,
     flusher_state: SyncState | None = None,
     translator: Translator | None = None,
+    acknowledger: Acknowledger | None = None,
+    at_end: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """Build the API on an open store, which stays the caller's to close.
 
     `remote` answers reads; without one, what isn't held here is unknown. Whoever runs a flusher
-    passes the SyncState it reports to. Raises SettingsError when users can't be authenticated.
+    passes the SyncState it reports to, and the `acknowledger` that takes receipts as far as the
+    settings ask; without one they say `host`. `at_end` runs when the server shuts down and no
+    write is under way any more. Raises SettingsError when users can't be authenticated.
     """
     sync = flusher_state or SyncState(enabled=settings.use_supabase)
     reads = GuardedReads(
@@ -60,23 +65,31 @@ def create_app(
         interval_s=settings.breaker_interval_s,
     )
     gate = WriteGate()
+    acknowledger = acknowledger or Acknowledger(store)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
         if not await anyio.to_thread.run_sync(gate.close, SHUTDOWN_WAIT_S):
             log.error("writes_left_behind", waited_s=SHUTDOWN_WAIT_S)
+        await anyio.to_thread.run_sync(at_end)
 
     app = FastAPI(title="syncer", summary="Prompt sessions on a durable buffer", lifespan=lifespan)
     app.state.authenticator = Authenticator.from_settings(settings)
     app.state.gate = gate
     app.state.sync = sync
-    app.state.health = Health(settings, store, gate, sync)
+    app.state.health = Health(settings, store, gate, sync, acknowledger)
     app.state.translator = translator or SketchTranslator()
     app.state.off_loop_reads = _threads(READ_THREADS_MAX)
     app.state.off_loop_writes = _threads(WRITE_THREADS_MAX, gate)
     app.state.sessions_of = lambda user_id: BufferedSessionStore(
-        store, user_id, reads, reads.usable, settings.read_through_ms / 1_000
+        store,
+        user_id,
+        reads,
+        reads.usable,
+        settings.read_through_ms / 1_000,
+        acknowledge=acknowledger.reach,
+        survives=acknowledger.durability,
     )
     app.include_router(session_routes.router)
     app.include_router(health.router)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from local_store import LocalStore
+from local_store.clock import isoformat
 from syncer.errors import SettingsError
 from syncer.sessions.tables import SESSION_TABLES
 from syncer.settings import Settings, store_limits
@@ -16,6 +18,10 @@ from syncer.settings import Settings, store_limits
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="The buffer's folder [SYNCER_DATA_DIR].")
+]
+VolumeDir = Annotated[
+    Path | None,
+    typer.Option("--volume-dir", help="The Volume's folder of segments [SYNCER_VOLUME_DIR]."),
 ]
 
 
@@ -43,3 +49,16 @@ def existing_store(settings: Settings) -> LocalStore:
             hint="name the folder the API writes to, with --data-dir",
         )
     return LocalStore.open(settings.data_dir, tables=SESSION_TABLES, **store_limits(settings))
+
+
+def moment(option: str, text: str | None) -> str | None:
+    """Read a moment of an option; without an offset it is UTC, as everything here."""
+    if text is None:
+        return None
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise SettingsError(
+            option, "is no ISO 8601 time", hint="write it as 2026-01-31T23:59:59+00:00"
+        ) from None
+    return isoformat(found if found.tzinfo else found.replace(tzinfo=UTC))

@@ -7,19 +7,17 @@ codes: 0 good, 1 found trouble, 2 usage or settings, 3 Supabase unreachable.
 from __future__ import annotations
 
 import importlib
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from local_store import LocalStore, LocalStoreError
+from local_store import LocalStoreError
 from local_store.clock import SystemClock
 from syncer.audit import audit as run_audit
 from syncer.errors import NotSent, OutcomeUnknown, SettingsError, SyncError
-from syncer.flusher import Flusher, FlushReport, drain
+from syncer.flusher import FlushReport, drain
 from syncer.remote import SupabaseRemote
 from syncer.service.buffers import (
     DataDir,
@@ -34,8 +32,8 @@ from syncer.service.operator_commands import conflicts_app, dead_letters_app
 from syncer.service.output import show_audit, show_document, show_flush, show_status, told
 from syncer.service.recovery_commands import backup, doctor, replay
 from syncer.service.supabase_commands import supabase_app
-from syncer.sessions.tables import SESSION_TABLES
-from syncer.settings import Settings, store_limits
+from syncer.service.worker_command import FLUSH_BUDGET_S, flusher_of, worker
+from syncer.settings import Settings
 
 EXIT_TROUBLE, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 3
 
@@ -51,6 +49,7 @@ app.add_typer(dead_letters_app, name="dead-letters")
 app.add_typer(conflicts_app, name="conflicts")
 app.command()(replay)
 app.command()(backup)
+app.command()(worker)
 bench = typer.Typer(help="Measure this machine; needs a checkout of the project.")
 app.add_typer(bench, name="bench")
 app.command()(doctor)
@@ -115,38 +114,10 @@ def flush(data_dir: DataDir = None, json: Json = False) -> None:
     """Deliver what is pending in a buffer until it is empty or Supabase fails."""
     settings = settings_for(data_dir)
     with existing_store(settings) as store:
-        flusher = _flusher(store, settings)
+        flusher = flusher_of(store, settings)
         report = drain(flusher, SystemClock(), budget_s=FLUSH_BUDGET_S)
     show_flush(report, json)
     raise typer.Exit(_flush_exit(report))
-
-
-@app.command()
-def worker(data_dir: DataDir = None) -> None:
-    """Deliver a buffer's transactions until told to stop (SIGINT or SIGTERM).
-
-    Once an hour the server's ledger is pruned to SYNCER_LEDGER_RETENTION_S.
-    """
-    settings = settings_for(data_dir)
-    stopping = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopping.set())
-    with LocalStore.open(
-        settings.data_dir, tables=SESSION_TABLES, **store_limits(settings)
-    ) as store:
-        flusher = _flusher(store, settings)
-        told(f"delivering {settings.data_dir} to {settings.supabase_url}")
-        clock, prune_at = SystemClock(), 0.0
-        while not stopping.is_set():
-            report = drain(
-                flusher, clock, budget_s=FLUSH_BUDGET_S, keep_going=lambda: not stopping.is_set()
-            )
-            if report.sent or report.error:
-                show_flush(report, as_json=False)
-            if report.stopped == "empty" and clock.monotonic() >= prune_at:
-                prune_at = clock.monotonic() + PRUNE_INTERVAL_S
-                _prune(settings)
-            stopping.wait(max(settings.flush_interval_s, flusher.wait_s()))
 
 
 @app.command()
@@ -214,28 +185,6 @@ def bench_ack(
         ) from None
     chosen = {"--quick": quick, "--write": write, "--million": million, "--json": json}
     run([name for name, given in chosen.items() if given])
-
-
-def _prune(settings: Settings) -> None:
-    """Let the server forget; another pass does what this one couldn't."""
-    try:
-        SupabaseRemote.from_settings(settings).prune(settings.ledger_retention_s)
-    except (NotSent, OutcomeUnknown) as error:
-        print(f"syncer: pruning the ledger: {error}", file=sys.stderr)
-
-
-PRUNE_INTERVAL_S = 3_600.0
-FLUSH_BUDGET_S = 3_600.0  # a replay of a long outage fits; an endless one is a supervisor's matter
-
-
-def _flusher(store: LocalStore, settings: Settings) -> Flusher:
-    if not settings.use_supabase:
-        raise SettingsError(
-            "USE_SUPABASE",
-            "is false, so nothing is delivered",
-            hint="set it to true to deliver; the buffer keeps everything meanwhile",
-        )
-    return Flusher.from_settings(store, settings)
 
 
 def _reachable(settings: Settings) -> str:

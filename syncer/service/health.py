@@ -13,6 +13,7 @@ from fastapi.responses import Response
 
 from local_store import LocalStore, StoreClosed
 from local_store.clock import Clock, SystemClock
+from syncer.acknowledger import Acknowledger
 from syncer.core.breaker import BreakerState
 from syncer.flusher import FlushReport
 from syncer.service.http_errors import ErrorReply, request_id_of
@@ -137,12 +138,18 @@ class Health:
     """The facts behind the health routes."""
 
     def __init__(
-        self, settings: Settings, store: LocalStore, gate: WriteGate, sync: SyncState
+        self,
+        settings: Settings,
+        store: LocalStore,
+        gate: WriteGate,
+        sync: SyncState,
+        acknowledger: Acknowledger,
     ) -> None:
         self._settings = settings
         self._store = store
         self._gate = gate
         self._sync = sync
+        self._acknowledger = acknowledger
 
     def refusal(self) -> str | None:
         """Say why writes aren't accepted now, None when they are."""
@@ -166,16 +173,16 @@ class Health:
         refusal = self.refusal()
         try:
             stats = self._store.stats()
+            at_risk: int | None = self._acknowledger.at_risk()
         except Exception:  # told by the status; health always answers
-            stats = dict.fromkeys(("pending", "oldest_age_s", "parked"))
+            stats, at_risk = dict.fromkeys(("pending", "oldest_age_s", "parked")), None
         return {
             "status": self._status(refusal, stats),
             "supabase": self._sync.supabase,
             "breaker": self._sync.breaker,
             "pending": stats["pending"],
             "oldest_age_s": stats["oldest_age_s"],
-            # Until segments leave this machine, whatever isn't delivered is only here.
-            "at_risk_transactions": stats["pending"],
+            "at_risk_transactions": at_risk,
             "parked": stats["parked"],
             "acknowledge": self._settings.ack,
         }
@@ -184,7 +191,8 @@ class Health:
         if refusal is not None or self._sync.refused is not None:
             return "failing"
         is_behind = (stats["oldest_age_s"] or 0.0) > BACKLOG_AGE_MAX_S
-        if stats["parked"] or is_behind or self._sync.supabase in ("down", "off"):
+        cant_ship = self._acknowledger.error is not None
+        if stats["parked"] or is_behind or cant_ship or self._sync.supabase in ("down", "off"):
             return "degraded"
         return "ok"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from local_store import LocalStore
-from local_store.clock import SystemClock, isoformat
+from local_store.clock import SystemClock
 from local_store.ops import Selection
 from syncer import operators
 from syncer.doctor import examine
@@ -22,10 +21,12 @@ from syncer.flusher import Flusher, FlushLimits
 from syncer.remote import SupabaseRemote
 from syncer.replay import Difference, ReplayReport, differences
 from syncer.replay import replay as run_replay
-from syncer.service.buffers import DataDir, Json, existing_store, settings_for
+from syncer.service.buffers import DataDir, Json, existing_store, given, moment, settings_for
 from syncer.service.output import show_doctor, show_document, told
+from syncer.service.volume_replay import opened_volume
 from syncer.sessions.tables import SESSION_TABLES
 from syncer.settings import Settings
+from syncer.volume import Volume
 
 EXIT_TROUBLE, EXIT_UNREACHABLE = 1, 3
 DEFAULT_DATA_DIR: Path = Settings.model_fields["data_dir"].default
@@ -33,6 +34,10 @@ DEFAULT_DATA_DIR: Path = Settings.model_fields["data_dir"].default
 
 def replay(
     data_dir: DataDir = None,
+    volume_dir: Annotated[
+        Path | None,
+        typer.Option("--volume-dir", help="Deliver this Volume's segments instead of a buffer."),
+    ] = None,
     since: Annotated[
         str | None, typer.Option(help="Only what was accepted at or after this ISO 8601 time.")
     ] = None,
@@ -50,11 +55,22 @@ def replay(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Deliver everything undelivered in a buffer until it is empty."""
+    """Deliver everything undelivered in a buffer, or on a Volume, until it is empty."""
     if dry_run and (settled or dead_letters):
         raise typer.BadParameter("--dry-run shows what is undelivered; leave the other option out")
-    settings = settings_for(data_dir)
-    selection = Selection(_moment("--since", since), _moment("--until", until), table, user)
+    if volume_dir is not None and data_dir is not None:
+        raise typer.BadParameter("replay a buffer or a Volume; run it twice for both")
+    settings = Settings.load(**given(data_dir=data_dir, volume_dir=volume_dir))
+    selection = Selection(moment("--since", since), moment("--until", until), table, user)
+    if volume_dir is not None:
+        volume = Volume(settings.require_volume()[0])
+        with opened_volume(settings, volume) as found:
+            if dry_run:
+                _show_differences(found.differences(selection), json)
+                return
+            report = found.replay(selection, settled=settled, dead_letters=dead_letters)
+        _show(report, json)
+        raise typer.Exit(_exit_of(report))
     remote = SupabaseRemote.from_settings(settings)
     with existing_store(settings) as store:
         if dry_run:
@@ -122,19 +138,6 @@ def _retry_dead_letters(store: LocalStore, remote: SupabaseRemote) -> Counter[st
         verdicts.update(result["verdict"] for result in operators.retry(remote, dead))
         store.recheck([letter["txn_id"] for letter in found])
     return verdicts
-
-
-def _moment(option: str, text: str | None) -> str | None:
-    """Read a moment; without an offset it is UTC, as everything here."""
-    if text is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise SettingsError(
-            option, "is no ISO 8601 time", hint="write it as 2026-01-31T23:59:59+00:00"
-        ) from None
-    return isoformat(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
 
 
 def _show(report: ReplayReport, json: bool) -> None:

@@ -36,12 +36,14 @@ class FlushScheduler:
         *,
         interval_s: float,
         on_report: Callable[[FlushReport], None] = lambda report: None,
+        on_pass: Callable[[FlushReport], None] = lambda report: None,
         clock: Clock | None = None,
     ) -> None:
         self._store = store
         self._flusher = flusher
         self._interval_s = interval_s
         self._on_report = on_report
+        self._on_pass = on_pass
         self._clock = clock or SystemClock()
         self._scheduler = BackgroundScheduler(timezone=UTC)
         self._nudged = threading.Event()
@@ -96,6 +98,7 @@ class FlushScheduler:
                 self._clock,
                 budget_s=JOB_BUDGET_S,
                 keep_going=lambda: not self._stopping.is_set(),
+                on_pass=self._on_pass,
             )
         except Exception:
             # A loop's edge: the next run must come whatever happened in this one.

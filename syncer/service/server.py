@@ -3,47 +3,28 @@
 from __future__ import annotations
 
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
-import structlog
 import uvicorn
 
-from local_store import LocalStore
-from syncer.flusher import Flusher, FlushLimits
-from syncer.remote import SupabaseRemote
-from syncer.service.app import create_app
-from syncer.service.health import SyncState
 from syncer.service.output import told
-from syncer.service.scheduler import FlushScheduler
-from syncer.sessions.tables import SESSION_TABLES
-from syncer.settings import Settings, store_limits
+from syncer.service.runtime import Runtime
+from syncer.settings import Settings
 
-GRACEFUL_S = 12  # for requests in flight; the platform grants 25 to 30 s in all
-LAST_PASS_S = 5.0  # for a flush under way; what it doesn't finish stays in the buffer
-
-log = structlog.get_logger("syncer.server")
+GRACEFUL_S = 8  # for requests in flight; runtime.py has the other parts of a shutdown's 25 s
 
 
 def serve(settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM; then let requests end, close the gate, close the buffer.
+    """Serve until SIGINT or SIGTERM; then end requests, close the gate, ship, flush, close.
 
     Raises SettingsError before anything is opened when a needed setting is missing.
     """
-    remote = SupabaseRemote.from_settings(settings) if settings.use_supabase else None
-    sync = SyncState(enabled=remote is not None)
-    with LocalStore.open(
-        settings.data_dir, tables=SESSION_TABLES, **store_limits(settings)
-    ) as store:
-        app = create_app(settings, store, remote=remote, flusher_state=sync)
-        scheduler = _scheduler(store, remote, settings, sync)
-        try:
-            _run(app, settings)
-        finally:
-            if scheduler is not None and remote is not None:
-                _end(scheduler, remote)
-    log.info("stopped")
+    runtime = Runtime.start(settings)
+    try:
+        _run(runtime.app, settings)
+    finally:
+        runtime.stop()
 
 
 def serve_on_local_supabase(overrides: dict[str, Any]) -> None:
@@ -57,19 +38,6 @@ def serve_on_local_supabase(overrides: dict[str, Any]) -> None:
         told(f"API on http://{settings.host}:{settings.port}, Supabase on {stack.url}")
         told(f"a token for trying it out:\n{stack.user_token('demo:alice')}")
         serve(settings)
-
-
-def _scheduler(
-    store: LocalStore, remote: SupabaseRemote | None, settings: Settings, sync: SyncState
-) -> FlushScheduler | None:
-    if remote is None or not settings.embedded_flusher:
-        return None
-    flusher = Flusher(store, remote, limits=FlushLimits.from_settings(settings))
-    scheduler = FlushScheduler(
-        store, flusher, interval_s=settings.flush_interval_s, on_report=sync.record
-    )
-    scheduler.start()
-    return scheduler
 
 
 def _run(app: Any, settings: Settings) -> None:
@@ -86,14 +54,3 @@ def _run(app: Any, settings: Settings) -> None:
         timeout_graceful_shutdown=GRACEFUL_S,
     )
     uvicorn.Server(config).run()
-
-
-def _end(scheduler: FlushScheduler, remote: SupabaseRemote) -> None:
-    """Stop the flusher within LAST_PASS_S, then without waiting for the call under way."""
-    stopping = threading.Thread(target=scheduler.stop, name="syncer-stop")
-    stopping.start()
-    stopping.join(LAST_PASS_S)
-    while stopping.is_alive():
-        remote.give_up_calls()
-        stopping.join(0.1)
-    remote.close()

@@ -7,7 +7,7 @@ when the local copy has nothing pending; what can't be asked for is unknown, nev
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -25,6 +25,7 @@ from local_store import (
     user_uuid,
 )
 from local_store.clock import Clock, SystemClock, isoformat, new_id
+from local_store.ops import Durability
 from syncer.errors import RemoteUnavailable
 from syncer.sessions.aggregate import (
     PARTS,
@@ -44,7 +45,7 @@ from syncer.sessions.errors import (
 )
 from syncer.sessions.models import PromptSession, SessionStatus
 from syncer.sessions.read_through import Reads, ReadThrough
-from syncer.sessions.store_api import RequestKey, SessionPage, SyncInfo
+from syncer.sessions.store_api import RequestKey, SessionPage, SyncInfo, at_host
 from syncer.sessions.tables import SESSIONS
 
 PAGE_MAX = 200  # sessions with all their children: some megabytes
@@ -58,6 +59,9 @@ class BufferedSessionStore:
     Without a `remote` the local copy is all there is. With one, an id that isn't held here while
     `remote_usable` says no is unknown: RemoteUnavailable. `last_receipt` is the acknowledgement
     of the latest write through this object; it may be shared by threads except for that.
+
+    `acknowledge` takes a receipt as far as the deployment asks before a write returns; `survives`
+    tells what undelivered transactions, by their seqs, survive.
     """
 
     def __init__(
@@ -71,6 +75,8 @@ class BufferedSessionStore:
         clock: Clock | None = None,
         ids: Callable[[], str] = new_id,
         owns_store: bool = False,
+        acknowledge: Callable[[Receipt], Receipt] = lambda receipt: receipt,
+        survives: Callable[[Collection[int]], Durability] = at_host,
     ) -> None:
         self._store = store
         self._user_id = user_id
@@ -78,6 +84,8 @@ class BufferedSessionStore:
         self._clock = clock or SystemClock()
         self._ids = ids
         self._owns_store = owns_store
+        self._acknowledge = acknowledge
+        self._survives = survives
         self._through: ReadThrough | None = None
         if remote is not None:
             self._through = ReadThrough(store, user_id, remote, read_budget_s, self._clock)
@@ -249,7 +257,8 @@ class BufferedSessionStore:
         stale = base is not None and base.stale
         row_id = _canonical(session.session_id) or ""
         found = self._store.transactions_of(SESSIONS, row_id, user_id=self._user_id)
-        return SyncInfo.of([state for _txn_id, _seq, state in found], stale=stale)
+        durability = self._survives([seq for _txn_id, seq, _state in found])
+        return SyncInfo.of([state for *_, state in found], durability, stale=stale)
 
     # -- the local copy ---------------------------------------------------------------------------
 
@@ -368,7 +377,8 @@ class BufferedSessionStore:
 
     def _write(self, ops: list[Op], request: RequestKey | None) -> None:
         txn_id = None if request is None else request.txn_id
-        self.last_receipt = self._store.write(ops, user_id=self._user_id, txn_id=txn_id)
+        receipt = self._store.write(ops, user_id=self._user_id, txn_id=txn_id)
+        self.last_receipt = self._acknowledge(receipt)
 
     def _remember(self, session: PromptSession, change: Change) -> None:
         if change.snapshot is not None:

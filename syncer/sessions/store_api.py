@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -28,13 +28,14 @@ class SyncInfo:
     stale: bool
 
     @classmethod
-    def of(cls, unsettled: Sequence[TransactionState], *, stale: bool) -> SyncInfo:
+    def of(
+        cls, unsettled: Sequence[TransactionState], durability: Durability, *, stale: bool
+    ) -> SyncInfo:
         """Sum up the states of a session's transactions that aren't settled; the worst one names.
 
         What has pending changes is this user's own latest state, so it isn't stale.
         """
         undelivered = sum(state in UNSETTLED for state in unsettled)
-        durability: Durability = "host" if unsettled else "remote"
         return cls(_worst(unsettled), undelivered, durability, stale and not unsettled)
 
     def to_dict(self) -> Row:
@@ -124,6 +125,11 @@ class SessionStore(Protocol):
     def created_by(self, request: RequestKey) -> PromptSession | None:
         """Return the session that this very request created, if it was made before."""
         ...
+
+
+def at_host(seqs: Collection[int]) -> Durability:
+    """Return what undelivered transactions survive that are in the buffer and nowhere else."""
+    return "host" if seqs else "remote"
 
 
 def _worst(states: Sequence[TransactionState]) -> SessionState:

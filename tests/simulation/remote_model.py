@@ -28,7 +28,7 @@ from syncer.core.wire import (
     encode_parks,
 )
 from syncer.errors import ProtocolMismatch, SyncError
-from syncer.remote import TableRead
+from syncer.remote import SeqRange, TableRead
 from tests.simulation.model_rows import Key, ModelRows, Refusal, ServerRow
 
 NEVER = object()
@@ -128,6 +128,15 @@ class RemoteModel(ModelRows):
             return {"logs": logs}
         entries = [entry for entry in self._positions(log_id) if entry["seq"] > after_seq]
         return {"logs": logs, "entries": entries[:limit]}
+
+    def settled(self, ranges: Sequence[SeqRange]) -> list[bool]:
+        """Answer as `sync_settled_v1` does."""
+        self.before_call()
+        known: dict[str, set[int]] = {}
+        for log_id, _, _ in ranges:
+            if log_id not in known:
+                known[log_id] = {entry["seq"] for entry in self._positions(log_id)}
+        return [set(range(first, last + 1)) <= known[log_id] for log_id, first, last in ranges]
 
     def _audited(self, log_id: str, acknowledged: int) -> Row:
         states = Counter(entry["state"] for entry in self._positions(log_id))
