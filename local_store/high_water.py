@@ -7,31 +7,36 @@ lag after a power loss, and never leads.
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 import threading
 import uuid
 import zlib
-from contextlib import suppress
 from pathlib import Path
 
 FILE_NAME = "acknowledged"
 _FORM = struct.Struct(">16sQ")
 _CRC = struct.Struct(">I")
+_SIZE = _FORM.size + _CRC.size
 
 
 class HighWater:
     """The highest acknowledged seq of the newest log in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._descriptor = os.open(folder / FILE_NAME, os.O_RDWR | os.O_CREAT, 0o600)
-        self._lock = threading.Lock()  # a number that was closed may be another file's by now
+        # Mapped: a write to the file would wait for the file system's journal, which the syncs of
+        # the buffer keep busy.
+        with open(os.open(folder / FILE_NAME, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+            if os.fstat(file.fileno()).st_size < _SIZE:
+                os.posix_fallocate(file.fileno(), 0, _SIZE)  # a hole could be refused a block later
+            self._mapped = mmap.mmap(file.fileno(), _SIZE)
+        self._lock = threading.Lock()
+        self._named, self._name = "", b""
 
     def read(self) -> tuple[str, int] | None:
         """Return (log_id, seq); None when there is no mark, or a torn one."""
-        found = os.pread(self._descriptor, _FORM.size + _CRC.size, 0)
-        if len(found) < _FORM.size + _CRC.size:
-            return None
+        found = self._mapped[:_SIZE]
         body, crc = found[: _FORM.size], found[_FORM.size :]
         if _CRC.unpack(crc)[0] != zlib.crc32(body):
             return None
@@ -39,14 +44,15 @@ class HighWater:
         return str(uuid.UUID(bytes=log)), seq
 
     def write(self, log_id: str, seq: int) -> None:
-        """Note that `seq` is durable; a failure leaves the older mark, which is true as well."""
-        body = _FORM.pack(uuid.UUID(log_id).bytes, seq)
-        with self._lock, suppress(OSError):
-            if self._descriptor >= 0:
-                os.pwrite(self._descriptor, body + _CRC.pack(zlib.crc32(body)), 0)
+        """Note that `seq` is durable."""
+        if log_id != self._named:
+            self._named, self._name = log_id, uuid.UUID(log_id).bytes
+        body = _FORM.pack(self._name, seq)
+        with self._lock:
+            if not self._mapped.closed:
+                self._mapped[:_SIZE] = body + _CRC.pack(zlib.crc32(body))
 
     def close(self) -> None:
         """Close the file."""
         with self._lock:
-            descriptor, self._descriptor = self._descriptor, -1
-            os.close(descriptor)
+            self._mapped.close()
