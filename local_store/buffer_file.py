@@ -116,15 +116,18 @@ class BufferFile(FileLife):
         self._check_process()
         return self._healing(lambda: self._read(ask))
 
-    def change(self, what: str, body: Callable[[sqlite3.Connection], Found]) -> Found:
+    def change(
+        self, what: str, body: Callable[[sqlite3.Connection], Found], *, synced: bool = True
+    ) -> Found:
         """Return what `body` returns once what it did, in one SQLite transaction, is durable.
 
         `what` names the transaction in a CommitUnknown. On a full disk it has the ballast's room.
+        Without `synced` it is durable with the next sync only: for what can be found out again.
         """
         try:
-            return self._healing(lambda: self._change(what, body))
+            return self._healing(lambda: self._change(what, body, synced))
         except BufferFull:  # the ballast is gone now
-            return self._change(what, body)
+            return self._change(what, body, synced)
 
     def _healing(self, attempt: Callable[[], Found]) -> Found:
         """Set aside what is damaged and try again: first records, then the file."""
@@ -143,8 +146,10 @@ class BufferFile(FileLife):
         except RecordDamaged:
             raise StoreCorrupt(self._path, "what was carried over is damaged again") from None
 
-    def _change(self, what: str, body: Callable[[sqlite3.Connection], Found]) -> Found:
-        with self._transaction(what) as connection:
+    def _change(
+        self, what: str, body: Callable[[sqlite3.Connection], Found], synced: bool
+    ) -> Found:
+        with self._transaction(what, synced) as connection:
             self._upkeep.list_new(connection)
             found = body(connection)
         self.checkpoint()
@@ -198,8 +203,11 @@ class BufferFile(FileLife):
             connection.rollback()
 
     @contextmanager
-    def _transaction(self, what: str) -> Iterator[sqlite3.Connection]:
-        with self._locked() as connection:
+    def _transaction(self, what: str, synced: bool = True) -> Iterator[sqlite3.Connection]:
+        with ExitStack() as stack:
+            connection = stack.enter_context(self._locked())
+            if not synced:
+                stack.enter_context(self._unsynced(connection))
             changes = connection.total_changes
             connection.execute("BEGIN IMMEDIATE")
             try:

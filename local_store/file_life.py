@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,9 +193,7 @@ class FileLife:
         """List in a commit without a sync: what it makes can be made again from what is durable."""
         if not unlisted(connection):
             return
-        (durable,) = connection.execute("PRAGMA synchronous").fetchone()
-        connection.execute("PRAGMA synchronous = NORMAL")
-        try:
+        with self._unsynced(connection):
             connection.execute("BEGIN IMMEDIATE")
             try:
                 self._upkeep.list_new(connection)
@@ -203,6 +201,14 @@ class FileLife:
             except BaseException as error:
                 self._undo(connection, error)
                 raise
+
+    @contextmanager
+    def _unsynced(self, connection: sqlite3.Connection) -> Iterator[None]:
+        """Commit without a sync inside the block; the next commit after it syncs this one too."""
+        (durable,) = connection.execute("PRAGMA synchronous").fetchone()
+        connection.execute("PRAGMA synchronous = NORMAL")
+        try:
+            yield
         finally:
             connection.execute(f"PRAGMA synchronous = {durable}")
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import sqlite3
 import zlib
 from contextlib import closing
+from functools import cache
 
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
@@ -63,6 +64,7 @@ def _is_text(columns: str, of: str) -> str:
     return " AND ".join(f"typeof({of}{c.strip()}) <> 'blob'" for c in columns.split(","))
 
 
+@cache  # asked for with nearly every statement, and always the same text
 def intact(of: str = "") -> str:
     """Return the SQL that tells whether an op_log row is as it was written."""
     # A status that never changed has no checksum: it must be what every record begins with.
@@ -88,6 +90,7 @@ def intact(of: str = "") -> str:
     )
 
 
+@cache
 def row_intact(of: str = "") -> str:
     """Return the SQL that tells whether a row of `rows` is as it was written."""
     return f"({of}crc = {_seal(ROW, of)} AND {_is_text(_ROW_TEXT, of)})"
