@@ -16,6 +16,7 @@ from local_store.clock import Clock, SystemClock
 from syncer.acknowledger import Acknowledger
 from syncer.core.breaker import BreakerState
 from syncer.flusher import FlushReport
+from syncer.service.api_schema import ErrorDocument, HealthDocument
 from syncer.service.http_errors import ErrorReply, request_id_of
 from syncer.settings import Settings
 
@@ -203,7 +204,10 @@ async def live() -> dict[str, str]:
     return {"status": "alive"}
 
 
-@router.get("/health/ready")
+@router.get(
+    "/health/ready",
+    responses={503: {"model": ErrorDocument, "description": "Writes aren't accepted now."}},
+)
 async def ready(request: Request) -> Response:
     """Answer 200 exactly while writes are accepted, in an outage of Supabase too."""
     refusal = await request.app.state.off_loop_reads(request.app.state.health.refusal)
@@ -218,7 +222,7 @@ async def ready(request: Request) -> Response:
     return reply.response(request_id_of(request.scope))
 
 
-@router.get("/health")
+@router.get("/health", responses={200: {"model": HealthDocument}})
 async def health(request: Request) -> Response:
     """Show how far behind Supabase is, and what is wrong."""
     document = await request.app.state.off_loop_reads(request.app.state.health.document)

@@ -13,6 +13,13 @@ from fastapi.responses import Response
 from fastapi.security import HTTPBearer
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from syncer.service.api_schema import (
+    HistoryDocument,
+    PageDocument,
+    SessionDocument,
+    reads,
+    writes,
+)
 from syncer.service.auth import AuthenticatedRoute
 from syncer.service.http_errors import invalid
 from syncer.sessions import (
@@ -128,7 +135,7 @@ async def _caller(request: Request) -> Caller:
 Who = Annotated[Caller, Depends(_caller)]
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, responses=writes(201))
 async def create(body: NewSession, who: Who) -> Response:
     """Create a session from a prompt or from a lifted IR."""
     key = who.request_key(body)
@@ -147,7 +154,7 @@ async def create(body: NewSession, who: Who) -> Response:
     raise invalid("source", "doesn't fit: prompt goes with a prompt, reverse_mode with an ir")
 
 
-@router.get("")
+@router.get("", responses=reads(PageDocument))
 async def list_sessions(
     who: Who,
     status: SessionStatus | None = None,
@@ -164,7 +171,7 @@ async def list_sessions(
     return _json(await who.read(page))
 
 
-@router.get("/{session_id}")
+@router.get("/{session_id}", responses=reads(SessionDocument, 404))
 async def show(session_id: str, who: Who) -> Response:
     """Show one session."""
 
@@ -177,7 +184,7 @@ async def show(session_id: str, who: Who) -> Response:
     return _json(await who.read(found))
 
 
-@router.get("/{session_id}/history")
+@router.get("/{session_id}/history", responses=reads(HistoryDocument, 404))
 async def history(session_id: str, who: Who) -> Response:
     """Show what was said, drafted and answered, each list from the oldest to the newest."""
 
@@ -192,7 +199,7 @@ async def history(session_id: str, who: Who) -> Response:
     return _json(await who.read(found))
 
 
-@router.post("/{session_id}/holes/{hole_id}/resolve")
+@router.post("/{session_id}/holes/{hole_id}/resolve", responses=writes(200, 404))
 async def resolve(session_id: str, hole_id: HoleId, body: Resolution, who: Who) -> Response:
     """Answer a hole; unknown holes are accepted."""
     key = who.request_key(body)
@@ -203,26 +210,26 @@ async def resolve(session_id: str, hole_id: HoleId, body: Resolution, who: Who) 
     )
 
 
-@router.post("/{session_id}/finalize")
+@router.post("/{session_id}/finalize", responses=writes(200, 404))
 async def finalize(session_id: str, who: Who) -> Response:
     """Declare a session done."""
     return await who.answer(who.manager.finalize(session_id, request=who.request_key()))
 
 
-@router.post("/{session_id}/abandon")
+@router.post("/{session_id}/abandon", responses=writes(200, 404))
 async def abandon(session_id: str, who: Who) -> Response:
     """Declare a session given up."""
     return await who.answer(who.manager.abandon(session_id, request=who.request_key()))
 
 
-@router.post("/{session_id}/rollback")
+@router.post("/{session_id}/rollback", responses=writes(200, 404))
 async def rollback(session_id: str, body: Rollback, who: Who) -> Response:
     """Go back to an older draft, as a new one."""
     key = who.request_key(body)
     return await who.answer(who.manager.rollback(session_id, body.version, request=key))
 
 
-@router.delete("/{session_id}", status_code=204)
+@router.delete("/{session_id}", status_code=204, responses=writes(204, 404))
 async def delete(session_id: str, who: Who) -> Response:
     """Delete a session with its history."""
     await who.manager.delete_session(session_id, request=who.request_key())
