@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import requests
@@ -50,15 +50,22 @@ ROUTES = [
 ]
 
 
+class Served(NamedTuple):
+    """A running API and what it says of itself."""
+
+    url: str
+    operations: dict[str, Any]
+
+
 @pytest.fixture(scope="module")
-def operations() -> Iterator[dict[str, Any]]:
+def api() -> Iterator[Served]:
     with tempfile.TemporaryDirectory() as folder:
-        api = Api(Path(folder))
-        with served(api) as url:
+        behind = Api(Path(folder))
+        with served(behind) as url:
             schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
             found = [result.ok() for result in schema.get_all_operations()]
-            yield {operation.label: operation for operation in found}
-        api.local.close()
+            yield Served(url, {operation.label: operation for operation in found})
+        behind.local.close()
 
 
 @contextmanager
@@ -78,20 +85,18 @@ def served(api: Api) -> Iterator[str]:
         listening.close()
 
 
-def test_every_route_is_described_and_tried(operations: dict[str, Any]) -> None:
-    assert sorted(operations) == sorted(ROUTES)
+def test_every_route_is_described_and_tried(api: Served) -> None:
+    assert sorted(api.operations) == sorted(ROUTES)
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_no_request_meets_a_server_error_or_an_undescribed_reply(
-    operations: dict[str, Any], route: str
-) -> None:
+def test_no_request_meets_a_server_error_or_an_undescribed_reply(api: Served, route: str) -> None:
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(case=operations[route].as_strategy(), is_there=booleans())
+    @given(case=api.operations[route].as_strategy(), is_there=booleans())
     def try_it(case: schemathesis.Case, is_there: bool) -> None:
         if is_there and "session_id" in case.path_parameters:
             made = requests.post(
-                f"{case.operation.base_url}/api/sessions",
+                f"{api.url}/api/sessions",
                 json={"prompt": "Sort a list"},
                 headers=auth(),
                 timeout=30,
@@ -103,11 +108,9 @@ def test_no_request_meets_a_server_error_or_an_undescribed_reply(
 
 
 @pytest.mark.parametrize("route", [route for route in ROUTES if "/api/" in route])
-def test_without_a_token_every_route_answers_unauthorized(
-    operations: dict[str, Any], route: str
-) -> None:
+def test_without_a_token_every_route_answers_unauthorized(api: Served, route: str) -> None:
     @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(case=operations[route].as_strategy())
+    @given(case=api.operations[route].as_strategy())
     def try_it(case: schemathesis.Case) -> None:
         reply = case.call(headers={"Authorization": ""})
         assert (reply.status_code, reply.json()["error"]["code"]) == (401, "unauthorized")
