@@ -55,4 +55,4 @@ class Sealing:
         def change(connection: sqlite3.Connection) -> int:
             return adopting.adopt(connection, transactions, acknowledged_seq, schemas)
 
-        return self._file.change("an adoption", change)
+        return self._file.change("an adoption", change, synced=False)  # the segments have it

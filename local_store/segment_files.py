@@ -129,12 +129,12 @@ def quarantine(folder: Path, path: PurePosixPath, calls: DiskCalls | None = None
 def remove(folder: Path, name: SegmentName, calls: DiskCalls | None = None) -> None:
     """Delete a segment of which everything is final, and its log's folder with the last one.
 
-    One that is gone already is no error. Raises OSError.
+    One that is gone already is no error. Not synced: one that comes back after a crash is found to
+    be final again. Raises OSError.
     """
     calls = calls or DiskCalls()
     with suppress(FileNotFoundError), opened_parent(calls, folder, name.path) as log:
         calls.unlink(name.file_name, dir_fd=log)
-        calls.fsync(log)
     with suppress(OSError), opened_parent(calls, folder, name.path.parent) as segments:
         os.rmdir(name.log_id, dir_fd=segments)  # fails while anything is in it
 

@@ -120,9 +120,10 @@ class Adopter:
         try:
             self._survey(found)
             open_names = found.names if settled_too else self._unsettled(found.names)
-            done = [name for name in found.names if name not in set(open_names)]
+            still_open = set(open_names)
+            done = [name for name in found.names if name not in still_open]
             self._deliver(found, open_names)
-            still_open = {*open_names} - found.taken.keys()
+            still_open -= found.taken.keys()
             still_open.update(self._unsettled(list(found.taken)))
             done = [name for name in found.names if name not in still_open]
         except SyncError as error:
@@ -200,12 +201,15 @@ class Adopter:
             flusher = Flusher(
                 store, self._remote, limits=limits, clock=self._clock, selection=found.selection
             )
+            waiting = 0
             for name in names:
                 segment = self._load(found, name)
                 if segment is not None and not self._take_in(found, store, segment):
                     break
-                if store.stats()["pending"] >= TRANSACTIONS_AT_ONCE:
+                waiting += 0 if segment is None else len(segment.transactions)
+                if waiting >= TRANSACTIONS_AT_ONCE:
                     self._flush(found, flusher)
+                    waiting = 0
                 if not self._has_time(found):
                     break
             self._flush(found, flusher)
@@ -257,14 +261,16 @@ class Adopter:
         if newest > found.older_than:
             found.young.add(segment.header.name)
             return False
-        before = store.count(found.selection)
-        store.adopt(
+        before = 0 if found.selection is None else store.count(found.selection)
+        taken = store.adopt(
             # Since when it is held nobody knows here; it can't be longer than it has existed.
             [replace(item, held_since=item.accepted_at) for item in segment.transactions],
             acknowledged_seq=segment.header.acknowledged_seq,
             schemas=segment.header.schemas,
         )
-        found.taken[segment.header.name] = store.count(found.selection) - before
+        if found.selection is not None:  # counting costs as much as taking in
+            taken = store.count(found.selection) - before
+        found.taken[segment.header.name] = taken
         return True
 
     # -- what is done --

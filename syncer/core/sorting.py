@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, assert_never
 
 from local_store.ops import (
@@ -197,7 +197,7 @@ def _sort_held(
 ) -> None:
     if verdict.sqlstate in AWAITED and transaction.held_since is not None:
         waited = now - datetime.fromisoformat(transaction.held_since)
-        if waited >= timedelta(seconds=limits.parent_wait_s):
+        if waited.total_seconds() >= limits.parent_wait_s:
             found.refused.append(park_of(transaction, verdict))
             return
     delay_s = retry_delay_s(transaction.attempts, jitter, limits.held)

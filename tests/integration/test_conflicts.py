@@ -1,7 +1,8 @@
 """Two containers on one row, real Postgres and PostgREST, a folder each; a person at the end.
 
-Where it says `delivered_by_copy`, another process delivers from a copy of the log: the outcome is
-the same, because what is merged is in the log and what was applied is in the ledger.
+Where it says `copy` or `segments`, another process delivers first, from a copy of the log or from
+what was shipped of it: the outcome is the same, because what is merged is in the log and what was
+applied is in the ledger.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from syncer.remote import TableRead
 from syncer.sessions.tables import SESSION_TABLES
 from syncer.testkit import BufferedApp
 from syncer.testkit.faults import Cut
+from tests.integration.segment_delivery import deliver_by_segments
 
 USER = "github:42"
 # The engine's own rules, without the sessions' policies: an overlap is left to a person.
@@ -69,9 +71,9 @@ def revision(row_id: str, content: str = "more") -> Insert:
     return Insert("session_revisions", {"id": new_id(), **values})
 
 
-def deliver(app: BufferedApp, by_copy: bool, tmp_path: Path, fresh_supabase: Any) -> None:
-    """Let the container deliver, or another process from a copy of its folder, and then it."""
-    if by_copy:
+def deliver(app: BufferedApp, by: str, tmp_path: Path, fresh_supabase: Any) -> None:
+    """Let the container deliver, or somebody else in its stead, and then it."""
+    if by == "copy":
         app.store.close()
         folder = tmp_path / new_id()
         shutil.copytree(app.folder, folder)
@@ -81,6 +83,8 @@ def deliver(app: BufferedApp, by_copy: bool, tmp_path: Path, fresh_supabase: Any
         )
         other.drain()
         other.close()
+    if by == "segments":
+        deliver_by_segments(app, tmp_path / new_id())
     app.drain()
 
 
@@ -94,13 +98,11 @@ def records(app: BufferedApp) -> list[Row]:
     return operators.conflicts(app.remote, undecided=False)
 
 
-by_copy = pytest.mark.parametrize("by_copy", [False, True], ids=["itself", "delivered_by_copy"])
+by_each = pytest.mark.parametrize("by", ["itself", "copy", "segments"])
 
 
-@by_copy
-def test_the_overlap_is_one_record_and_the_rest_merges(
-    pair, sql, by_copy, tmp_path, fresh_supabase
-):
+@by_each
+def test_the_overlap_is_one_record_and_the_rest_merges(pair, sql, by, tmp_path, fresh_supabase):
     mine, theirs = pair
     row_id = session(mine)
     learn(theirs, row_id)
@@ -109,7 +111,7 @@ def test_the_overlap_is_one_record_and_the_rest_merges(
     overlapping = update(mine, row_id, status="finalized")
     update(theirs, row_id, status="abandoned")
     theirs.drain()
-    deliver(mine, by_copy, tmp_path, fresh_supabase)
+    deliver(mine, by, tmp_path, fresh_supabase)
     row = row_of(sql, row_id)
     assert (row["status"], row["finalized_at"][:10]) == ("abandoned", "2026-01-02")
     [record] = records(mine)
@@ -123,17 +125,15 @@ def test_the_overlap_is_one_record_and_the_rest_merges(
     assert mine.audit().balanced
 
 
-@by_copy
-def test_disjoint_columns_and_keys_merge_without_a_word(
-    pair, sql, by_copy, tmp_path, fresh_supabase
-):
+@by_each
+def test_disjoint_columns_and_keys_merge_without_a_word(pair, sql, by, tmp_path, fresh_supabase):
     mine, theirs = pair
     row_id = session(mine)
     learn(theirs, row_id)
     update(mine, row_id, metadata={"x": 1, "y": 0}, status="finalized")
     update(theirs, row_id, metadata={"x": 0, "y": 1, "z": 1})
     theirs.drain()
-    deliver(mine, by_copy, tmp_path, fresh_supabase)
+    deliver(mine, by, tmp_path, fresh_supabase)
     row = row_of(sql, row_id)
     assert (row["status"], row["metadata"]) == ("finalized", {"x": 1, "y": 1, "z": 1})
     assert records(mine) == []

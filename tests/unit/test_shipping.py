@@ -2,79 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from local_store import Insert, LocalStore, Update
-from local_store.clock import ManualClock, new_id
-from local_store.segments import SegmentKey
-from syncer.adopter import Adopter, AdoptionReport
-from syncer.flusher import Flusher, drain
+from local_store import Delete, Insert, Update, segments
+from local_store.clock import new_id
+from local_store.segment_files import scan
+from local_store.segment_names import SegmentName
+from local_store.segments import SegmentHeader, seal
+from syncer import shipper as shipper_module
+from syncer.core.batch import Batch
+from syncer.core.verdict import Verdict
+from syncer.errors import RemoteUnavailable, ReplyTimedOut
+from syncer.flusher import Flusher, FlushLimits
+from syncer.remote import SeqRange
 from syncer.sessions.tables import SESSION_TABLES
 from syncer.shipper import Shipper
-from syncer.testkit.fake_volume import FakeMount, FakeVolume
+from syncer.testkit.fake_volume import CommitFault
 from syncer.volume import Volume
-from tests.simulation.remote_model import RemoteModel
-
-KEY = SegmentKey.derive("a secret of the deployment")
-USER = "github:42"
-
-
-@dataclass
-class Host:
-    """A container: its disk, its mount, and what runs in it."""
-
-    store: LocalStore
-    mount: FakeMount
-    shipper: Shipper
-    folder: Path
-
-    def die(self) -> None:
-        """End without a word, and take the disk along."""
-        self.mount.die()
-        self.store.close()
-        shutil.rmtree(self.folder)
-
-
-class World:
-    """Hosts, one Volume, one modelled server, one clock."""
-
-    def __init__(self, root: Path, seed: int = 0) -> None:
-        self.root = root
-        self.clock = ManualClock()
-        self.server = RemoteModel({spec.name: spec for spec in SESSION_TABLES})
-        self.fake = FakeVolume(root / "volume", clock=self.clock, seed=seed)
-        self._hosts = 0
-
-    def host(self) -> Host:
-        self._hosts += 1
-        mount = self.fake.host(f"host-{self._hosts}")
-        folder = self.root / f"disk-{self._hosts}"
-        store = LocalStore.open(folder, tables=SESSION_TABLES, clock=self.clock)
-        volume = Volume(mount.folder, commit=mount.commit, reload=mount.reload)
-        return Host(store, mount, Shipper(store, volume, KEY, environment="test"), folder)
-
-    def adopter(self, **changes: Any) -> tuple[Adopter, Volume]:
-        self._hosts += 1
-        mount = self.fake.host(f"worker-{self._hosts}")
-        volume = Volume(mount.folder, commit=mount.commit, reload=mount.reload)
-        given = {"keys": [KEY], "environment": "test", "tables": SESSION_TABLES, **changes}
-        made = Adopter(
-            volume, self.server, self.root / f"scratch-{self._hosts}", clock=self.clock, **given
-        )
-        return made, volume
-
-    def work(self, older_than_s: float = 0.0, **changes: Any) -> AdoptionReport:
-        adopter, volume = self.adopter(**changes)
-        assert volume.reload().state == "reloaded"
-        return adopter.adopt(older_than_s=older_than_s, budget_s=60.0)
-
-    def deliver(self, host: Host) -> None:
-        drain(Flusher(host.store, self.server, clock=self.clock), self.clock, budget_s=60.0)
+from tests.unit.shipping_world import KEY, USER, World, add_child, create, edit
 
 
 @pytest.fixture
@@ -82,15 +32,9 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
-def create(host: Host, **values: Any) -> str:
-    row_id = new_id()
-    host.store.write([Insert("sessions", {"id": row_id, **values})], user_id=USER)
-    return row_id
-
-
-def edit(host: Host, row_id: str, **values: Any) -> str:
-    receipt = host.store.write([Update("sessions", row_id, values)], user_id=USER)
-    return receipt.txn_id
+def delivered_once(world: World) -> list[tuple[str, int]]:
+    """Every position of the ledger, which has each transaction once."""
+    return sorted((entry.log_id, entry.seq) for entry in world.server.ledger.values())
 
 
 def test_what_was_shipped_is_delivered_when_its_container_is_gone_with_its_disk(world):
@@ -107,8 +51,7 @@ def test_what_was_shipped_is_delivered_when_its_container_is_gone_with_its_disk(
     row = world.server.rows[("sessions", row_id)]
     assert (row.values["status"], row.values["metadata"]) == ("finalized", {"n": 1})
     assert (report.adopted, report.remaining, report.collected) == (3, 0, 1)
-    assert sorted(entry.seq for entry in world.server.ledger.values()) == [1, 2, 3]
-    assert {entry.log_id for entry in world.server.ledger.values()} == {log_id}
+    assert delivered_once(world) == [(log_id, 1), (log_id, 2), (log_id, 3)]
     assert world.fake.files() == {}
 
 
@@ -120,9 +63,9 @@ def test_what_was_not_shipped_is_gone_with_its_container(world):
     assert world.work().segments == 0
 
 
-def test_a_change_of_a_row_delivered_before_is_built_on_the_version_its_container_knew(world):
+def test_a_later_segment_builds_on_what_its_container_delivered_itself(world):
     host = world.host()
-    row_id = create(host, status="active", metadata={"n": 0})
+    row_id = create(host, metadata={"n": 0})
     world.deliver(host)
     edit(host, row_id, metadata={"n": 1})
     host.shipper.ship()
@@ -135,17 +78,396 @@ def test_a_change_of_a_row_delivered_before_is_built_on_the_version_its_containe
     assert world.server.rows[("sessions", row_id)].values["metadata"] == {"n": 1, "other": True}
 
 
-def test_later_changes_are_delivered_when_their_predecessor_was_by_its_container(world):
+def test_a_chain_goes_on_where_its_container_stopped_delivering_it(world):
     host = world.host()
     row_id = create(host, status="active")
     host.shipper.ship()
     edit(host, row_id, status="finalized")
     host.shipper.ship()
-    drain(
-        Flusher(host.store, world.server, clock=world.clock), world.clock, budget_s=0.0
-    )  # one pass
+    edit(host, row_id, metadata={"n": 1})
+    edit(host, row_id, metadata={"n": 2})
+    host.shipper.ship()
+    limits = FlushLimits(batch_ops_max=2)  # one pass: the first two
+    Flusher(host.store, world.server, limits=limits, clock=world.clock).flush_once()
+    assert len(world.server.ledger) == 2
+    host.die()
+
+    report = world.work()
+
+    values = world.server.rows[("sessions", row_id)].values
+    assert (values["status"], values["metadata"]) == ("finalized", {"n": 2})
+    assert len(world.server.ledger) == 4
+    assert report.flush.merged == 0
+    assert not world.server.records
+
+
+def test_a_base_learned_between_two_changes_is_no_conflict_when_both_are_adopted(world):
+    """The first was applied and the row changed by others since, as its author had seen."""
+    host = world.host()
+    row_id = create(host, metadata={"n": 0})
+    world.deliver(host)
+    edit(host, row_id, status="finalized")
+    host.shipper.ship()
+    world.deliver(host)
+    world.server.edit("sessions", row_id, metadata={"n": 5})
+    seen = world.server._seen(f"sessions/{row_id}", world.server.rows[("sessions", row_id)].user_id)
+    host.store.refresh(
+        "sessions", [seen], user_id=USER, as_of=host.store.change_counter(), where={"id": row_id}
+    )
+    edit(host, row_id, metadata={"n": 6})
+    host.shipper.ship()
+    host.die()
+
+    report = world.work()
+
+    assert report.flush.merged == 0
+    assert world.server.rows[("sessions", row_id)].values["metadata"] == {"n": 6}
+
+
+def test_the_owner_and_the_worker_deliver_the_same_at_once_without_a_double(world):
+    host = world.host()
+    ids = [create(host, metadata={"n": n}) for n in range(6)]
+    for row_id in ids:
+        edit(host, row_id, status="finalized")
+    host.shipper.ship()
+    calls = 0
+
+    def owner_comes_back() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # between the worker's first look and its batch
+            world.server.before_call = lambda: None
+            world.deliver(host)
+
+    world.server.before_call = owner_comes_back
+    report = world.work()
+    world.deliver(host)
+
+    assert len(world.server.ledger) == 12
+    assert report.remaining == 0
+    assert host.store.stats()["pending"] == 0
+    assert {world.server.rows[("sessions", i)].values["status"] for i in ids} == {"finalized"}
+    assert not world.server.records
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+@pytest.mark.parametrize("loses", ["the request", "the reply"])
+def test_a_worker_that_dies_at_any_call_leaves_the_rest_to_the_next(world, call, loses):
+    host = world.host()
+    ids = [create(host) for _ in range(3)]
+    for row_id in ids:
+        edit(host, row_id, status="finalized")
+        add_child(host, row_id)
+    host.shipper.ship()
+    host.die()
+    calls = 0
+
+    def die() -> None:
+        nonlocal calls
+        calls += 1
+        if calls >= call:
+            raise RuntimeError("killed")
+
+    hook = "before_call" if loses == "the request" else "after_commit"
+    setattr(world.server, hook, die)
+    with suppress(RuntimeError):
+        world.work()
+    setattr(world.server, hook, lambda: None)
+
+    report = world.work()
+
+    assert report.remaining == 0
+    assert len(world.server.ledger) == 9
+    assert len(world.server.rows) == 6
+    assert world.fake.files() == {}
+
+
+def test_an_outage_in_the_middle_is_a_report_and_collects_nothing_undelivered(world):
+    host = world.host()
+    create(host)
+    host.shipper.ship()
+    host.die()
+
+    def gone() -> None:
+        raise RemoteUnavailable("refused")
+
+    world.server.before_call = gone
+    report = world.work()
+    assert (report.flush.stopped, report.collected) == ("outage", 0)
+    assert len(world.fake.files()) == 1
+    world.server.before_call = lambda: None
+    assert world.work().collected == 1
+
+
+def test_after_a_lost_reply_the_server_tells_what_is_done(world):
+    host = world.host()
+    create(host)
+    host.shipper.ship()
+    host.die()
+
+    def lost() -> None:
+        raise ReplyTimedOut("no reply")
+
+    world.server.after_commit = lost
+    report = world.work()
+    assert (report.flush.stopped, report.collected) == ("outage", 1)
+    assert len(world.server.ledger) == 1
+
+
+@pytest.mark.parametrize("parent_first", [True, False])
+def test_a_child_waits_for_its_parent_in_another_log_even_after_a_long_outage(world, parent_first):
+    first, second = world.host(), world.host()
+    parent, child = (first, second) if parent_first else (second, first)
+    session_id = create(parent)
+    child.store.refresh(  # the other container read the session before it was deleted in a restore
+        "sessions",
+        [{"id": session_id, "user_id": USER, "updated_at": "2026-01-01T00:00:00+00:00"}],
+        user_id=USER,
+        as_of=child.store.change_counter(),
+        where={"id": session_id},
+    )
+    add_child(child, session_id)
+    for host in (first, second):
+        host.shipper.ship()
+        host.die()
+    world.clock.advance(100_000.0)  # far above parent_wait_s
+
+    report = world.work()
+
+    assert report.remaining == 0
+    assert not world.server.parked
+    assert len(world.server.ledger) == 2
+
+
+def test_a_child_whose_parent_never_comes_is_parked_in_the_end(world):
+    host = world.host()
+    missing = new_id()
+    host.store.refresh(
+        "sessions",
+        [{"id": missing, "user_id": USER, "updated_at": "2026-01-01T00:00:00+00:00"}],
+        user_id=USER,
+        as_of=host.store.change_counter(),
+        where={"id": missing},
+    )
+    add_child(host, missing)
+    host.shipper.ship()
+    host.die()
+    assert world.work().remaining == 1
+    world.clock.advance(10_000.0)
+    report = world.work()
+    assert (report.remaining, report.collected) == (0, 1)
+    assert [entry.state for entry in world.server.parked.values()] == ["dead"]
+
+
+def test_what_builds_on_work_parked_by_its_container_is_parked_behind_it(world):
+    host = world.host()
+    session_id = create(host)
+    poison = new_id()
+    values = {"session_id": session_id, "content": "poison", "revision_type": "manual_edit"}
+    host.store.write([Insert("session_revisions", {"id": poison, **values})], user_id=USER)
+    world.deliver(host)
+    assert [entry.state for entry in world.server.parked.values()] == ["dead"]
+    host.store.write([Update("session_revisions", poison, {"metadata": {"n": 1}})], user_id=USER)
+    host.shipper.ship()
+    host.die()
+
+    report = world.work()
+
+    assert (report.remaining, report.collected) == (0, 1)
+    assert sorted(entry.state for entry in world.server.parked.values()) == ["dead", "held"]
+
+
+def test_young_segments_are_left_to_their_container(world):
+    host = world.host()
+    create(host)
+    host.shipper.ship()
+    assert world.work(older_than_s=120.0).young == 1
+    world.clock.advance(121.0)
+    assert world.work(older_than_s=120.0).collected == 1
+
+
+def test_a_segment_goes_only_when_the_server_knows_all_of_it(world):
+    host = world.host()
+    row_id = create(host)
+    host.shipper.ship()
+    world.deliver(host)
+    assert world.work().collected == 1
+    edit(host, row_id, status="finalized")
+    host.shipper.ship()
+    assert len(world.fake.files()) == 1
+
+
+def test_files_that_come_back_after_they_were_collected_change_nothing(world):
+    host = world.host()
+    row_id = create(host)
+    host.shipper.ship()
     host.die()
     world.work()
-    assert world.server.rows[("sessions", row_id)].values["status"] == "finalized"
+    world.server.edit("sessions", row_id, status="abandoned")
+    assert world.fake.resurrect()
+    report = world.work()
+    assert (report.adopted, report.collected) == (0, 1)
+    assert world.server.rows[("sessions", row_id)].values["status"] == "abandoned"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_prefix_of_a_background_commit_delivers_whole_transactions_in_order(tmp_path, seed):
+    world = World(tmp_path, seed=seed)
+    host = world.host()
+    row_id = create(host, metadata={"n": 0})
+    for number in range(1, 4):
+        edit(host, row_id, metadata={"n": number})
+        host.shipper._write()
+        host.mount.observe()
+    host.mount.background_commit()
+    host.die()
+    world.work()
+    seqs = [entry.seq for entry in world.server.ledger.values()]
+    assert sorted(seqs) == list(range(1, len(seqs) + 1))
+
+
+def test_a_failed_commit_promises_nothing_and_the_next_one_covers_it(world):
+    host = world.host()
+    create(host)
+    host.mount.faults(CommitFault(error="deadline exceeded"))
+    assert host.shipper.ship().state == "failed"
+    assert host.shipper.at_risk() == 1
+    assert not host.shipper.covers(1)
+    assert host.shipper.ship().state == "committed"
+    assert host.shipper.at_risk() == 0
+    assert host.shipper.covers(1)
+    host.die()
+    assert world.work().collected == 1
+
+
+def test_a_commit_that_fails_after_it_took_effect_is_not_counted_on_and_harmless(world):
+    host = world.host()
+    create(host)
+    host.mount.faults(CommitFault(error="the reply was lost", takes_effect=True))
+    assert host.shipper.ship().state == "failed"
+    host.die()
+    assert world.work().collected == 1
+
+
+def test_nothing_new_needs_no_commit(world):
+    host = world.host()
+    create(host)
+    host.shipper.ship()
+    before = host.mount.commits
+    assert host.shipper.ship().state == "committed"
+    assert host.mount.commits == before
+
+
+def test_a_transaction_too_large_for_a_segment_stays_at_risk_and_the_others_go(world, monkeypatch):
+    monkeypatch.setattr(segments, "INFLATED_BYTES_MAX", 100_000)
+    large = [Insert("sessions", {"id": new_id(), "metadata": {"n": "x" * 100_000}})]
+    roomy = world.host()
+    create(roomy)
+    receipt = roomy.store.write(large, user_id=USER)
+    create(roomy)
+    assert roomy.shipper.ship().state == "failed"
+    assert roomy.shipper.at_risk() == 1
+    assert not roomy.shipper.covers(receipt.seq)
+    assert roomy.shipper.covers(receipt.seq + 1)
+    world.deliver(roomy)
+    assert roomy.shipper.at_risk() == 0
+    assert roomy.shipper.ship().state == "committed"
+
+
+def test_a_backlog_is_sealed_into_several_segments(world, monkeypatch):
+    host = world.host()
+    for _ in range(5):
+        create(host)
+    monkeypatch.setattr(shipper_module, "TRANSACTIONS_MAX", 2)
+    host.shipper.ship()
+    names = [item for item in scan(host.mount.folder) if isinstance(item, SegmentName)]
+    assert [(name.first_seq, name.last_seq) for name in names] == [(1, 2), (3, 4), (5, 5)]
+    host.die()
+    assert world.work().collected == 3
+
+
+def test_after_a_restart_what_is_undelivered_is_sealed_again_without_harm(world):
+    host = world.host()
+    create(host)
+    host.shipper.ship()
+    create(host)
+    volume = Volume(host.mount.folder, commit=host.mount.commit)
+    again = Shipper(host.store, volume, KEY, environment="test")
+    assert again.at_risk() == 2
+    assert again.ship().state == "committed"
+    host.die()
+    report = world.work()
     assert len(world.server.ledger) == 2
-    assert not world.server.records
+    assert report.remaining == 0
+
+
+def test_older_schema_versions_are_up_cast_and_newer_ones_left_alone(world):
+    host = world.host()
+    row_id = create(host, metadata={"old": 1})
+    host.shipper.ship()
+    host.die()
+    newer = [
+        replace(
+            SESSION_TABLES[0],
+            schema_version=2,
+            upcasts={1: lambda row: {**row, "metadata": {"new": 1}} if "metadata" in row else row},
+        ),
+        *SESSION_TABLES[1:],
+    ]
+    assert world.work(tables=newer).collected == 1
+    assert world.server.rows[("sessions", row_id)].values["metadata"] == {"new": 1}
+
+    late = world.host(tables=newer)
+    create(late)
+    late.shipper.ship()
+    late.die()
+    report = world.work()
+    assert (report.collected, report.quarantined, len(report.left)) == (0, (), 1)
+    assert "schema version 2" in report.left[0]
+    assert world.work(tables=newer).collected == 1
+
+
+def test_a_delete_and_what_its_author_knew_of_the_children_travel_along(world):
+    host = world.host()
+    row_id = create(host)
+    add_child(host, row_id)
+    world.deliver(host)
+    host.store.write([Delete("sessions", row_id)], user_id=USER)
+    host.shipper.ship()
+    host.die()
+    assert world.work().remaining == 0
+    assert world.server.rows == {}
+
+
+class Sink:
+    """A server that takes everything: thousands of transactions are too many for the model."""
+
+    def __init__(self) -> None:
+        self.taken: dict[int, str] = {}
+
+    def settled(self, ranges: Sequence[SeqRange]) -> list[bool]:
+        return [first in self.taken for _, first, _ in ranges]
+
+    def apply_batch(self, batch: Batch) -> tuple[Verdict, ...]:
+        self.taken |= {item.seq: item.txn_id for item in batch.transactions}
+        return tuple(Verdict(item.txn_id, "applied") for item in batch.transactions)
+
+
+def test_ten_thousand_segments_are_delivered_and_collected(tmp_path):
+    world, server, count = World(tmp_path), Sink(), 10_000
+    host = world.host()
+    create(host)
+    [first] = host.store.sealable(0, transactions_max=1, bytes_max=1)
+    folder = tmp_path / "plain"
+    (folder / "segments" / first.log_id).mkdir(parents=True)
+    nothing = {name: () for name in ("ops", "bases", "chained", "before", "children")}
+    for seq in range(1, count + 1):
+        item = replace(first, seq=seq, txn_id=new_id(), **nothing)
+        name = SegmentName(first.log_id, seq, seq)
+        sealed = seal([item], SegmentHeader(name, count, "test", {}), KEY)
+        (folder / name.path).write_bytes(sealed.data)
+    adopter = world.plain_adopter(folder, server)
+    report = adopter.adopt(older_than_s=0.0, budget_s=3_600.0)
+    assert (report.segments, report.adopted, report.collected) == (count, count, count)
+    assert sorted(server.taken) == list(range(1, count + 1))
+    assert not any(folder.rglob("*.seg"))
