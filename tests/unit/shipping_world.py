@@ -72,17 +72,11 @@ class World:
         assert volume.reload().state == "reloaded"
         return adopter.adopt(older_than_s=older_than_s, budget_s=60.0)
 
-    def plain_adopter(self, folder: Path, server: Any) -> Adopter:
+    def plain_adopter(self, folder: Path, server: Any, **changes: Any) -> Adopter:
         """Adopt from an ordinary folder: the fake Volume looks at every file at each step."""
-        return Adopter(
-            Volume(folder),
-            server,
-            self.root / "scratch",
-            tables=SESSION_TABLES,
-            keys=[KEY],
-            environment="test",
-            clock=self.clock,
-        )
+        given = {"keys": [KEY], "environment": "test", "tables": SESSION_TABLES, **changes}
+        scratch = self.root / "scratch"
+        return Adopter(Volume(folder), server, scratch, clock=self.clock, **given)
 
     def deliver(self, host: Host) -> None:
         drain(Flusher(host.store, self.server, clock=self.clock), self.clock, budget_s=60.0)
