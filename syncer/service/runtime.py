@@ -82,7 +82,8 @@ class Runtime:
         when a setting is missing, LocalStoreError when the buffer can't be opened.
         """
         remote = _remote_of(settings)
-        if settings.ships and volume is None:
+        # Also for mode `local`: what is left at the end of the process is shipped.
+        if volume is None and (settings.ships or settings.volume_dir is not None):
             folder, _ = settings.require_volume()
             volume = Volume(folder)
         store = LocalStore.open(settings.data_dir, tables=SESSION_TABLES, **store_limits(settings))

@@ -61,7 +61,8 @@ def _work(settings: Settings, stopping: threading.Event, once: bool, json: bool)
     volume = Volume(folder)
     with tempfile.TemporaryDirectory(prefix="syncer-worker-") as scratch:
         made = Worker.from_settings(volume, SESSION_TABLES, Path(scratch), settings)
-        told(f"delivering the segments in {folder} to {settings.supabase_url}")
+        if not json:
+            told(f"delivering the segments in {folder} to {settings.supabase_url}")
         while True:
             report = made.work(budget_s=PASS_BUDGET_S)
             _show(report, json)
