@@ -32,6 +32,7 @@ T = TypeVar("T")
 # fills the readers' and leaves the writers' alone.
 READ_THREADS_MAX = 24
 WRITE_THREADS_MAX = 16
+KEY_THREADS_MAX = 2  # who waits for the project's keys waits for one answer
 SHUTDOWN_WAIT_S = 10.0  # a write takes milliseconds; the platform grants 25 to 30 s in all
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
@@ -75,6 +76,7 @@ def create_app(
     app.state.translator = translator or SketchTranslator()
     app.state.off_loop_reads = _threads(READ_THREADS_MAX)
     app.state.off_loop_writes = _threads(WRITE_THREADS_MAX, gate)
+    app.state.off_loop_keys = _threads(KEY_THREADS_MAX)
     app.state.sessions_of = lambda user_id: BufferedSessionStore(
         store, user_id, reads, reads.usable, settings.read_through_ms / 1_000
     )
