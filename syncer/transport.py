@@ -10,6 +10,7 @@ from __future__ import annotations
 import ssl
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -48,9 +49,32 @@ DECLINED_HINTS = {
 }
 
 
-def build_client(url: str, key: str) -> tuple[Client, httpx.Client]:
+@dataclass(frozen=True, slots=True)
+class PoolUse:
+    """How many connections are open, how many of them carry a call, and how many there may be."""
+
+    open: int
+    busy: int
+    limit: int = CONNECTIONS_MAX
+
+
+class Http(httpx.Client):
+    """An HTTP/1.1 client that follows no redirect and can tell how its connections are used."""
+
+    def __init__(self, timeout: httpx.Timeout) -> None:
+        limits = httpx.Limits(max_connections=CONNECTIONS_MAX)
+        self._wire = httpx.HTTPTransport(http2=False, retries=1, limits=limits)
+        super().__init__(transport=self._wire, timeout=timeout, follow_redirects=False)
+
+    def pool_use(self) -> PoolUse:
+        """Count the connections at this moment."""
+        known = [found for found in self._wire._pool.connections if not found.is_closed()]
+        return PoolUse(len(known), sum(not found.is_idle() for found in known))
+
+
+def build_client(url: str, key: str) -> tuple[Client, Http]:
     """Return a client and what it runs on; raises SettingsError for a malformed URL or key."""
-    http = _http(
+    http = Http(
         httpx.Timeout(
             connect=CONNECT_TIMEOUT_S, write=WRITE_TIMEOUT_S, read=READ_TIMEOUT_S, pool=5.0
         )
@@ -71,12 +95,6 @@ def build_client(url: str, key: str) -> tuple[Client, httpx.Client]:
         raise SettingsError(
             setting, "isn't accepted by supabase-py", hint="copy it again from the project"
         ) from None
-
-
-def _http(timeout: httpx.Timeout) -> httpx.Client:
-    limits = httpx.Limits(max_connections=CONNECTIONS_MAX)
-    transport = httpx.HTTPTransport(http2=False, retries=1, limits=limits)
-    return httpx.Client(transport=transport, timeout=timeout, follow_redirects=False)
 
 
 def execute(client: Client, function: str, params: Row) -> Any:
@@ -105,7 +123,7 @@ def _fetch(url: str, bytes_max: int) -> bytes:
     # Unpacking a packed body could make a thousand bytes of one, so none is asked for or unpacked.
     headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
     try:
-        with _http(httpx.Timeout(FETCH_TIMEOUT_S)) as http:
+        with Http(httpx.Timeout(FETCH_TIMEOUT_S)) as http:
             with http.stream("GET", url, headers=headers) as response:
                 if response.status_code == httpx.codes.NOT_FOUND:
                     raise ProtocolMismatch("Supabase has no such document")

@@ -18,10 +18,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from local_store import LocalStore
 from local_store.clock import new_id
-from syncer.service import health, http_errors, session_routes
+from syncer.remote import SupabaseRemote
+from syncer.service import health, http_errors, metrics, session_routes, sync_routes
 from syncer.service.auth import Authenticator
 from syncer.service.health import Health, SyncState, WriteGate
 from syncer.service.http_errors import reply_to, request_id_of
+from syncer.service.metrics import Metrics
 from syncer.sessions import BufferedSessionStore, GuardedReads, SketchTranslator, Translator
 from syncer.sessions.read_through import Reads
 from syncer.settings import Settings
@@ -32,6 +34,7 @@ T = TypeVar("T")
 # fills the readers' and leaves the writers' alone.
 READ_THREADS_MAX = 24
 WRITE_THREADS_MAX = 16
+OPERATOR_THREADS_MAX = 2  # an audit takes long, and takes no reader's thread
 KEY_THREADS_MAX = 2  # who waits for the project's keys waits for one answer
 SHUTDOWN_WAIT_S = 10.0  # a write takes milliseconds; the platform grants 25 to 30 s in all
 
@@ -47,12 +50,15 @@ def create_app(
     remote: Reads | None = None,
     flusher_state: SyncState | None = None,
     translator: Translator | None = None,
+    counted: Metrics | None = None,
 ) -> FastAPI:
     """Build the API on an open store, which stays the caller's to close.
 
     `remote` answers reads; without one, what isn't held here is unknown. Whoever runs a flusher
-    passes the SyncState it reports to. Raises SettingsError when users can't be authenticated.
+    passes the SyncState and the Metrics it reports to. Raises SettingsError when users can't be
+    authenticated.
     """
+    counted = counted or Metrics()
     sync = flusher_state or SyncState(enabled=settings.use_supabase)
     reads = GuardedReads(
         remote,
@@ -73,15 +79,28 @@ def create_app(
     app.state.gate = gate
     app.state.sync = sync
     app.state.health = Health(settings, store, gate, sync)
+    app.state.metrics = counted
+    supabase = remote if isinstance(remote, SupabaseRemote) else None
+    pool = None if supabase is None else supabase.pool_use
+    counted.watch(settings, store, app.state.health, sync, pool)
+    app.state.desk = sync_routes.Desk(store, sync, supabase)
+    app.state.off_loop_desk = _threads(OPERATOR_THREADS_MAX)
     app.state.translator = translator or SketchTranslator()
     app.state.off_loop_reads = _threads(READ_THREADS_MAX)
     app.state.off_loop_writes = _threads(WRITE_THREADS_MAX, gate)
     app.state.off_loop_keys = _threads(KEY_THREADS_MAX)
     app.state.sessions_of = lambda user_id: BufferedSessionStore(
-        store, user_id, reads, reads.usable, settings.read_through_ms / 1_000
+        store,
+        user_id,
+        reads,
+        reads.usable,
+        settings.read_through_ms / 1_000,
+        on_ack=counted.acknowledged,
     )
     app.include_router(session_routes.router)
+    app.include_router(sync_routes.router)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     http_errors.install(app)
     app.add_middleware(_BodyLimit, bytes_max=settings.op_bytes_max)
     app.add_middleware(_RequestEdge)
