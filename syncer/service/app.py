@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ from syncer.service import health, http_errors, metrics, session_routes, sync_ro
 from syncer.service.auth import Authenticator
 from syncer.service.health import Health, SyncState, WriteGate
 from syncer.service.http_errors import reply_to, request_id_of
+from syncer.service.log_setup import where
 from syncer.service.metrics import Metrics
 from syncer.sessions import BufferedSessionStore, GuardedReads, SketchTranslator, Translator
 from syncer.sessions.read_through import Reads
@@ -146,6 +146,8 @@ class _RequestEdge:
             if message["type"] == "http.response.start":
                 started = True
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                status = message["status"]
+                log.debug("answered", method=scope["method"], route=_route_of(scope), status=status)
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
@@ -156,13 +158,19 @@ class _RequestEdge:
                 # may quote what a user wrote.
                 log.error(
                     "request_failed",
-                    route=getattr(scope.get("route"), "path", None),
+                    route=_route_of(scope),
                     error=type(error).__name__,
-                    where="".join(traceback.format_tb(error.__traceback__)),
+                    where=where(error.__traceback__),
                 )
                 if started:
                     raise
                 await reply_to(error).response(request_id)(scope, receive, send_with_id)
+
+
+def _route_of(scope: Scope) -> str | None:
+    """Return the route as it is written in the code: a path may hold what a user typed."""
+    path: str | None = getattr(scope.get("route"), "path", None)
+    return path
 
 
 class _BodyLimit:

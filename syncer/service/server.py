@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ import structlog
 import uvicorn
 
 from local_store import LocalStore
-from syncer.flusher import Flusher, FlushLimits
+from syncer.flusher import Flusher, FlushLimits, FlushReport
 from syncer.remote import SupabaseRemote
 from syncer.service.app import create_app
 from syncer.service.health import SyncState
+from syncer.service.log_setup import secrets_of, set_up_logging
+from syncer.service.metrics import Metrics
 from syncer.service.output import told
 from syncer.service.scheduler import FlushScheduler
+from syncer.service.watch import watching
 from syncer.sessions.tables import SESSION_TABLES
 from syncer.settings import Settings, store_limits
 
@@ -31,15 +36,21 @@ def serve(settings: Settings) -> None:
 
     Raises SettingsError before anything is opened when a needed setting is missing.
     """
-    remote = SupabaseRemote.from_settings(settings) if settings.use_supabase else None
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    set_up_logging(json=not sys.stderr.isatty(), level=level, secrets=secrets_of(settings))
+    counted = Metrics()
+    remote = None
+    if settings.use_supabase:
+        remote = SupabaseRemote.from_settings(settings, on_call=counted.called)
     sync = SyncState(enabled=remote is not None)
     with LocalStore.open(
         settings.data_dir, tables=SESSION_TABLES, **store_limits(settings)
     ) as store:
-        app = create_app(settings, store, remote=remote, flusher_state=sync)
-        scheduler = _scheduler(store, remote, settings, sync)
+        app = create_app(settings, store, remote=remote, flusher_state=sync, counted=counted)
+        scheduler = _scheduler(store, remote, settings, sync, counted)
         try:
-            _run(app, settings)
+            with watching(settings, store, remote, sync, counted):
+                _run(app, settings)
         finally:
             if scheduler is not None and remote is not None:
                 _end(scheduler, remote)
@@ -60,13 +71,22 @@ def serve_on_local_supabase(overrides: dict[str, Any]) -> None:
 
 
 def _scheduler(
-    store: LocalStore, remote: SupabaseRemote | None, settings: Settings, sync: SyncState
+    store: LocalStore,
+    remote: SupabaseRemote | None,
+    settings: Settings,
+    sync: SyncState,
+    counted: Metrics,
 ) -> FlushScheduler | None:
     if remote is None or not settings.embedded_flusher:
         return None
     flusher = Flusher(store, remote, limits=FlushLimits.from_settings(settings))
+
+    def on_report(report: FlushReport) -> None:
+        sync.record(report)
+        counted.flushed(report)
+
     scheduler = FlushScheduler(
-        store, flusher, interval_s=settings.flush_interval_s, on_report=sync.record
+        store, flusher, interval_s=settings.flush_interval_s, on_report=on_report
     )
     scheduler.start()
     return scheduler
@@ -83,6 +103,7 @@ def _run(app: Any, settings: Settings) -> None:
         port=settings.port,
         log_level="warning",
         access_log=False,
+        log_config=None,  # by the process's own set-up, which takes out what mustn't be written
         timeout_graceful_shutdown=GRACEFUL_S,
     )
     uvicorn.Server(config).run()
