@@ -18,7 +18,7 @@ _RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 
 
 class KeyServer:
-    """Answers every GET with `status` and `body`; `hold` keeps it from answering."""
+    """Answers every request with `status` and `body`; `hold` keeps it from answering."""
 
     def __init__(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
@@ -72,6 +72,12 @@ def key_server() -> Iterator[KeyServer]:
     """Serve on a free port of this machine inside the block."""
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # connections are kept, as Supabase keeps them
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.do_GET()
+
         def do_GET(self) -> None:
             made.asked += 1
             made.go_on.wait(20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from syncer.service.health import SyncState
 from syncer.service.metrics import Metrics
 from syncer.service.watch import STRANGER, Watch
 from syncer.sessions.tables import SESSION_TABLES
+from syncer.testkit.buffer import wait_until
+from syncer.transport import CONNECTIONS_MAX
 from tests.simulation.remote_model import RemoteModel
 from tests.unit.api.support import Api
 from tests.unit.key_server import key_server
@@ -37,13 +40,10 @@ def shown(api: Api) -> dict[str, float]:
 
 
 def moved(api: Api, before: dict[str, float]) -> dict[str, float]:
-    """Return what changed since, without buckets, times and the age of the process."""
+    """Return what changed since."""
+    now = shown(api)
     return {
-        name: value - before.get(name, 0.0)
-        for name, value in shown(api).items()
-        if value != before.get(name, 0.0)
-        and "_bucket" not in name
-        and not name.split("{")[0].endswith("_created")
+        name: now[name] - before.get(name, 0.0) for name in now if now[name] != before.get(name)
     }
 
 
@@ -154,20 +154,45 @@ def test_calls_to_supabase_are_timed_and_their_failures_told_apart(api: Api) -> 
     before = shown(api)
     with key_server() as server:
         remote = SupabaseRemote(server.url, "e30.e30.e30", on_call=counted.called)
-        server.body, server.status = b'{"logs": []}', 200
-        failures: list[type[SyncError]] = []
-        for status in (503, 401):
+        server.body = b'{"logs": []}'
+        remote.audit()
+        for status in (503, 401, 503):
             server.status = status
-            with pytest.raises(SyncError) as raised:
-                remote.audit()  # the server knows no POST: an answer that is none
-            failures.append(raised.type)
+            with pytest.raises(SyncError):
+                remote.audit()
         remote.close()
     changed = moved(api, before)
-    assert changed["supabase_query_duration_ms_count{sync_audit_v1}"] == 2
+    assert changed["supabase_query_duration_ms_count{sync_audit_v1}"] == 4
     assert changed["supabase_query_duration_ms_sum{sync_audit_v1}"] > 0
-    for kind in set(failures):
-        key = f"supabase_query_errors_total{{{kind.__name__}}}"
-        assert changed[key] == failures.count(kind)
+    errors = {name: by for name, by in changed.items() if "errors_total" in name}
+    assert errors == {
+        "supabase_query_errors_total{RemoteUnavailable}": 2,
+        "supabase_query_errors_total{NotAuthorized}": 1,
+    }
+
+
+def test_the_pool_shows_the_connections_there_are(tmp_path: Path) -> None:
+    with key_server() as server:
+        server.body = b'{"logs": []}'
+        remote = SupabaseRemote(server.url, "e30.e30.e30")
+        api = Api(tmp_path, remote=remote)
+
+        def pool() -> list[float]:
+            now = shown(api)
+            return [now[f"supabase_connection_pool_{name}"] for name in ("size", "available")]
+
+        assert pool() == [0, CONNECTIONS_MAX]
+        server.go_on.clear()
+        with ThreadPoolExecutor(3) as callers:
+            calls = [callers.submit(remote.audit) for _ in range(3)]
+            wait_until(lambda: server.asked == 3)
+            assert pool() == [3, CONNECTIONS_MAX - 3]
+            server.go_on.set()
+            assert all(call.result() == {"logs": []} for call in calls)
+        assert pool() == [3, CONNECTIONS_MAX]
+        remote.close()
+        assert pool() == [0, CONNECTIONS_MAX]
+        api.local.close()
 
 
 @pytest.mark.parametrize(
