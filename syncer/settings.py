@@ -66,7 +66,7 @@ class Settings(BaseSettings):
     read_through_ms: int = _syncer("read_through_ms", 500, ge=0, le=10_000)
     # One small read: a table that lies open is noticed within it. 0: never.
     watch_interval_s: float = _syncer("watch_interval_s", 60.0, ge=0, le=86_400)
-    # Reads the whole account of this buffer: some seconds per 10,000 transactions kept. 0: never.
+    # Compares this buffer's account with the server's, and a part of its rows. 0: never.
     audit_interval_s: float = _syncer("audit_interval_s", 3_600.0, ge=0, le=30 * 86_400)
     log_level: Literal["debug", "info", "warning", "error"] = _syncer("log_level", "info")
     host: str = _syncer("host", "127.0.0.1")

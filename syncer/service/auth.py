@@ -186,9 +186,13 @@ class AuthenticatedRoute(APIRoute):
         async def authenticated(request: Request) -> Response:
             state = request.app.state
             authenticator: Authenticator = state.authenticator
-            if authenticator.needs_keys(request.headers.get("authorization")):
+            try:
+                self.admit(request, authenticator)
+            except ApiError:
+                if not authenticator.needs_keys(request.headers.get("authorization")):
+                    raise
                 await state.off_loop_keys(authenticator.ask_for_keys)
-            self.admit(request, authenticator)
+                self.admit(request, authenticator)
             response: Response = await handle(request)
             return response
 

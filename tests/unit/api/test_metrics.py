@@ -243,6 +243,34 @@ def test_an_audit_and_a_look_are_shown_once_they_were_made(api: Api) -> None:
     assert now["syncer_audit_mismatch{lost}"] == 1
 
 
+def test_rows_are_compared_in_rounds_and_a_finding_is_shown_for_a_round(api: Api) -> None:
+    model, clock = RemoteModel(api.local.tables), ManualClock()
+    watch = Watch(
+        api.settings, api.local, model, SyncState(), api.app.state.metrics, clock, compared_max=2
+    )
+    session = api.new()
+    Flusher(api.local, model).flush_once()
+    rows = api.local.clean_rows()
+    assert len(rows) == 3
+    audits = len(rows) // 2 + 1
+
+    def found() -> list[float]:
+        seen = []
+        for _ in range(audits):
+            clock.advance(api.settings.audit_interval_s)
+            watch.look()
+            seen.append(shown(api)["syncer_audit_mismatch{content_mismatch}"])
+        return seen
+
+    assert found() == [0, 0]
+    row = model.rows[("sessions", session["session_id"])]
+    row.values["source"], kept = "reverse_mode", row.values["source"]
+    assert found()[-1] == 1
+    row.values["source"] = kept
+    assert found() == [1, 1]
+    assert found() == [0, 0]
+
+
 def test_a_watch_asks_nothing_in_an_outage_and_keeps_what_it_found(api: Api) -> None:
     model, clock, sync = RemoteModel(api.local.tables), ManualClock(), SyncState()
     watch = Watch(api.settings, api.local, model, sync, api.app.state.metrics, clock)
