@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,14 @@ def bad_calls(client: httpx.Client, token: str) -> list[httpx.Response]:
     ]
 
 
+def speak_nonsense(process: ApiProcess) -> None:
+    """Send what is no HTTP, which the web server itself complains about."""
+    with socket.create_connection(("127.0.0.1", process.port), timeout=5) as wire:
+        wire.sendall(f"{WORDS} {WORDS}\r\n\r\n".encode())
+        while wire.recv(4096):
+            pass
+
+
 def refuse_everything(sql: psycopg.Connection[Any]) -> None:
     """Let the server's error quote what a user wrote, as constraints and triggers do."""
     sql.execute(
@@ -117,11 +126,13 @@ def test_no_key_and_no_users_word_is_in_anything_that_is_written_or_told(
                 wait_until(lambda: client.get("/health").json()["parked"] > 0)
             finally:
                 sql.execute("drop function public.picky() cascade")
+        speak_nonsense(process)
         told += [operate("/status"), operate("/dead-letters"), operate("/audit")]
         wait_until(lambda: "syncer_audit_mismatch" in client.get("/metrics").text)
         told += [client.get(path) for path in ("/metrics", "/health", "/openapi.json")]
     assert process.stop() == 0
     log = process.log_file.read_text()
+    assert "WARNING uvicorn.error: " in log, "the web server writes through our formatter"
     assert {"flushed", "answered", "audited", "stopped"} <= set(_words(log)), "it did log"
     places = [("log", log), *((str(r.request.url), r.text + str(r.headers)) for r in told)]
     for path in process.data_dir.rglob("*"):

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import hmac
 import json
+import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -215,6 +216,17 @@ def test_the_file_is_private_whole_and_holds_nothing_secret(
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert d not in file.read_text()
     assert json.loads(file.read_text())["url"].startswith(server.url)
+
+
+def test_a_link_laid_in_the_way_is_not_written_through(
+    server: KeyServer, door: Door, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("untouched")
+    (tmp_path / f"jwks.{os.getpid()}.tmp").symlink_to(victim)
+    server.add("k1")
+    assert door(server.token("k1")) == "alice"
+    assert victim.read_text() == "untouched"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"keys": 1}', '{"url": "x", "keys": []}'])

@@ -243,6 +243,17 @@ def test_an_audit_and_a_look_are_shown_once_they_were_made(api: Api) -> None:
     assert now["syncer_audit_mismatch{lost}"] == 1
 
 
+def test_another_buffers_backlog_is_no_loss_here(api: Api) -> None:
+    model, clock = RemoteModel(api.local.tables), ManualClock()
+    watch = Watch(api.settings, api.local, model, SyncState(), api.app.state.metrics, clock)
+    api.new()
+    Flusher(api.local, model).flush_once()
+    model.logs["another"] = 5  # acknowledged there, and not here to be shown
+    clock.advance(api.settings.audit_interval_s)
+    watch.look()
+    assert shown(api)["syncer_audit_mismatch{lost}"] == 0
+
+
 def test_rows_are_compared_in_rounds_and_a_finding_is_shown_for_a_round(api: Api) -> None:
     model, clock = RemoteModel(api.local.tables), ManualClock()
     watch = Watch(
