@@ -21,8 +21,8 @@ import modal
 from local_store.ops import Selection
 from syncer.service.buffers import moment
 from syncer.service.deployment import DeploySettings
-from syncer.service.log_setup import set_up_logging
 from syncer.service.runtime import Runtime
+from syncer.service.server import set_up_logging_of
 from syncer.service.smoke import smoke as run_smoke
 from syncer.service.volume_replay import opened_volume
 from syncer.sessions.tables import SESSION_TABLES
@@ -93,7 +93,7 @@ if not modal.is_local():
 @modal.asgi_app()
 def api() -> Any:
     """Serve the HTTP API from this container's buffer; its end seals and ships what is left."""
-    set_up_logging()
+    set_up_logging_of(Settings.load())
     return Runtime.start(Settings.load(), volume=mounted()).app
 
 
@@ -107,7 +107,7 @@ def api() -> Any:
 )
 def worker() -> dict[str, Any]:
     """Do one pass: deliver what containers left, collect, prune, ask the canary."""
-    set_up_logging()
+    set_up_logging_of(Settings.load())
     settings = Settings.load()
     if not settings.use_supabase:
         return {"leased": False, "ok": True, "errors": [], "detail": "USE_SUPABASE is false"}
@@ -132,7 +132,7 @@ def replay(
     dry_run: bool = False,
 ) -> Any:
     """Deliver every segment now, however young; the options are those of `syncer replay`."""
-    set_up_logging()
+    set_up_logging_of(Settings.load())
     selection = Selection(moment("since", since), moment("until", until), table, user)
     with opened_volume(Settings.load(), mounted()) as found:
         if dry_run:
@@ -143,7 +143,7 @@ def replay(
 @app.function(image=image, secrets=[secret])
 def smoke(url: str | None = None) -> dict[str, Any]:
     """Try the deployed API and the project behind it; raises when something doesn't work."""
-    set_up_logging()
+    set_up_logging_of(Settings.load())
     report = run_smoke(url or str(api.get_web_url()), Settings.load()).to_json()
     if not report["ok"]:
         raise RuntimeError(f"the smoke test failed: {report['checks']}")

@@ -282,6 +282,10 @@ class Delivery:
         found = self._file.read(op_log.logs)
         return [{**log, "oldest_age_s": self._age_s(log.pop("oldest"))} for log in found]
 
+    def parked_states(self) -> dict[str, int]:
+        """Return how many parked transactions are in each state: dead, conflict or held."""
+        return self._file.read(op_log.count_parked_states)
+
     def stats(self) -> dict[str, Any]:
         """Return log_id, last_seq, pending, parked, bytes and oldest_age_s (None when empty).
 

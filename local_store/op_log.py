@@ -358,6 +358,12 @@ def count_parked(connection: sqlite3.Connection) -> dict[int, int]:
     return dict(found.fetchall())
 
 
+def count_parked_states(connection: sqlite3.Connection) -> dict[str, int]:
+    """Return how many parked transactions are in each state."""
+    found = connection.execute("SELECT state, count(*) FROM op_log WHERE parked = 1 GROUP BY state")
+    return dict(found.fetchall())
+
+
 def logs(connection: sqlite3.Connection) -> list[Row]:
     """Return each log with its end and what is undelivered in it, newest last."""
     marks = read_marks(connection)

@@ -74,16 +74,20 @@ class AuditReport:
         }
 
 
-def audit(remote: Remote, store: LocalStore | None = None) -> AuditReport:
+def audit(
+    remote: Remote, store: LocalStore | None = None, *, rows: Sequence[HeldRow] | None = None
+) -> AuditReport:
     """Audit every log the server knows and those of `store`. Raises SyncError when unreachable.
 
-    A log whose buffer isn't at hand is judged by the server alone: what it acknowledged and the
-    server doesn't know counts as lost, because nobody here can show it.
+    The store's clean rows are compared with the server's: all of them, or just `rows`. A log whose
+    buffer isn't at hand is judged by the server alone: what it acknowledged and the server doesn't
+    know counts as lost, because nobody here can show it.
     """
     known = {str(log["log_id"]): log for log in remote.audit()["logs"]}
     audits: list[LogAudit] = []
     if store is not None:
-        mismatches = _content_mismatches(remote, store)
+        pages = _all_clean(store) if rows is None else _pages(rows)
+        mismatches = sum(_compare(remote, store, page) for page in pages)
         for log in store.logs():
             log_id = log["log_id"]
             found = _audit_held(remote, store, log_id, known.pop(log_id, {}), log["last_seq"])
@@ -166,20 +170,24 @@ def _server_entries(remote: Remote, log_id: str) -> Iterator[Row]:
         after_seq = int(page[-1]["seq"])
 
 
-def _content_mismatches(remote: Remote, store: LocalStore) -> int:
+def _all_clean(store: LocalStore) -> Iterator[list[HeldRow]]:
+    after = 0
+    while page := store.clean_rows(after=after, limit=ROWS_PER_CALL):
+        after = page[-1][0]
+        yield [row for _, row in page]
+
+
+def _pages(rows: Sequence[HeldRow]) -> Iterator[Sequence[HeldRow]]:
+    for start in range(0, len(rows), ROWS_PER_CALL):
+        yield rows[start : start + ROWS_PER_CALL]
+
+
+def _compare(remote: Remote, store: LocalStore, held: Sequence[HeldRow]) -> int:
     """Count clean local rows that the server shows differently at the same version.
 
     A row that somebody else changed since has another version there and is no mismatch; one that is
     missing here or there because of a delete in between is found by the version too.
     """
-    mismatches, after = 0, 0
-    while page := store.clean_rows(after=after, limit=ROWS_PER_CALL):
-        after = page[-1][0]
-        mismatches += _compare(remote, store, [row for _, row in page])
-    return mismatches
-
-
-def _compare(remote: Remote, store: LocalStore, held: Sequence[HeldRow]) -> int:
     mismatches = 0
     for user_id in sorted({row.user_id for row in held}):
         mine = [row for row in held if row.user_id == user_id]

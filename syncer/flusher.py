@@ -79,7 +79,7 @@ class FlushReport:
     merged and are sent again. `stopped` says why the pass ended: nothing left that is due
     (`empty`), one batch done and more may be left (`budget`; with nothing sent: another process is
     flushing this folder), Supabase is unavailable (`outage`), it refuses the key (`auth`) or lacks
-    the schema (`schema`). `pending` counts what is still undelivered.
+    the schema (`schema`). `pending` counts what is still undelivered. `took_s` is the time it took.
     """
 
     sent: int = 0
@@ -94,6 +94,7 @@ class FlushReport:
     breaker: BreakerState = "closed"
     stopped: Stopped = "empty"
     error: str | None = None
+    took_s: float = field(default=0.0, compare=False)
 
     def plus(self, later: FlushReport) -> FlushReport:
         """Add up the counts of two passes; the rest is the later one's."""
@@ -107,6 +108,7 @@ class FlushReport:
             held=self.held + later.held,
             fenced=self.fenced + later.fenced,
             merged=self.merged + later.merged,
+            took_s=self.took_s + later.took_s,
         )
 
 
@@ -162,10 +164,11 @@ class Flusher:
         with self._lock, self._store.flushing() as mine:
             if not mine:
                 return self._report(FlushReport(stopped="budget"))
+            began = self._clock.monotonic()
             report = self._flush_once()
             with suppress(LocalStoreError):  # a full disk, say: the next pass tidies
                 self._store.tidy()
-            return report
+            return replace(report, took_s=self._clock.monotonic() - began)
 
     def _flush_once(self) -> FlushReport:
         if not self._breaker.allows(self._clock.monotonic()):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import httpx
 from supabase import Client
 
+from local_store.clock import Clock, SystemClock
 from local_store.ops import Row
 from syncer.core.batch import Batch
 from syncer.core.verdict import Verdict
@@ -23,11 +23,14 @@ from syncer.core.wire import (
 )
 from syncer.errors import RemoteUnavailable, ReplyTimedOut, ReplyUnreadable, SyncError
 from syncer.settings import Settings
-from syncer.transport import Call, build_client, execute
+from syncer.transport import Call, Http, PoolUse, build_client, execute
 
 # httpx's timeouts are per socket read: a dripping reply could hold a call for hours.
 CALL_DEADLINE_S = 45.0
 TRANSPORT_FAILURES_MAX = 3  # then the client is built anew: its pool may hold dead connections
+
+# Is told the function, how long the call took in seconds, and what went wrong.
+OnCall = Callable[[str, float, SyncError | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +78,33 @@ class Remote(Protocol):
 
 
 class SupabaseRemote:
-    """A Supabase project, reached with its secret key. Thread-safe; connects on first use."""
+    """A Supabase project, reached with its secret key. Thread-safe; connects on first use.
 
-    def __init__(self, url: str, secret_key: str) -> None:
+    `on_call` is told of each call in the thread that made it.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        secret_key: str,
+        *,
+        on_call: OnCall = lambda function, took_s, error: None,
+        clock: Clock | None = None,
+    ) -> None:
         self._url = url
+        self._on_call = on_call
+        self._clock = clock or SystemClock()
         self._secret_key = secret_key
         self._lock = threading.Lock()
         self._client: Client | None = None
-        self._http: httpx.Client | None = None
+        self._http: Http | None = None
         self._transport_failures = 0
         self._calls: set[Call] = set()
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> SupabaseRemote:
+    def from_settings(cls, settings: Settings, **options: Any) -> SupabaseRemote:
         """Build from settings; raises SettingsError naming what is missing."""
-        return cls(*settings.require_supabase())
+        return cls(*settings.require_supabase(), **options)
 
     def __repr__(self) -> str:
         return f"SupabaseRemote({self._url!r})"  # never the key
@@ -180,6 +195,11 @@ class SupabaseRemote:
             raise ReplyUnreadable(f"the reply of {function} is no object", hint="ask again")
         return reply
 
+    def pool_use(self) -> PoolUse:
+        """Tell how the connections to Supabase are used now."""
+        http = self._http
+        return PoolUse(0, 0) if http is None else http.pool_use()
+
     def give_up_calls(self) -> None:
         """Let every call under way end now with an unknown outcome, for a shutdown in time."""
         for call in tuple(self._calls):
@@ -197,14 +217,17 @@ class SupabaseRemote:
         client = self._connected()
         call = Call(lambda: execute(client, function, params))
         self._calls.add(call)
+        began, error = self._clock.monotonic(), None
         try:
             reply = call.wait(deadline_s)
-        except SyncError as error:
+        except SyncError as failed:
+            error = failed
             if isinstance(error, RemoteUnavailable | ReplyTimedOut | ReplyUnreadable):
                 self._count_failure()
             raise
         finally:
             self._calls.discard(call)
+            self._on_call(function, self._clock.monotonic() - began, error)
         self._transport_failures = 0
         return reply
 

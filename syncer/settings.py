@@ -80,6 +80,11 @@ class Settings(BaseSettings):
     ledger_retention_s: float = _syncer("ledger_retention_s", 90 * 86_400.0, ge=3_600)
     # A reader waits this long for fresher rows before the local copy is shown as stale.
     read_through_ms: int = _syncer("read_through_ms", 500, ge=0, le=10_000)
+    # One small read: a table that lies open is noticed within it. 0: never.
+    watch_interval_s: float = _syncer("watch_interval_s", 60.0, ge=0, le=86_400)
+    # Compares this buffer's account with the server's, and a part of its rows. 0: never.
+    audit_interval_s: float = _syncer("audit_interval_s", 3_600.0, ge=0, le=30 * 86_400)
+    log_level: Literal["debug", "info", "warning", "error"] = _syncer("log_level", "info")
     host: str = _syncer("host", "127.0.0.1")
     port: int = _syncer("port", 8000, ge=0, le=65_535)
 

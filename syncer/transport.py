@@ -10,6 +10,7 @@ from __future__ import annotations
 import ssl
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -22,6 +23,7 @@ from local_store.ops import Row
 from syncer.core.failures import FailedReply, error_for, error_for_exception, retry_after_s
 from syncer.errors import (
     Declined,
+    ProtocolMismatch,
     ReplyTimedOut,
     ReplyUnreadable,
     SettingsError,
@@ -34,6 +36,7 @@ CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 30.0
 WRITE_TIMEOUT_S = 10.0
 CONNECTIONS_MAX = 8
+FETCH_TIMEOUT_S = 3.0  # a small public document; somebody waits for it
 DECLINED_CODE = "SYP02"
 DECLINED_HINTS = {
     "already_applied": "it took effect; change the row itself instead",
@@ -46,17 +49,37 @@ DECLINED_HINTS = {
 }
 
 
-def build_client(url: str, key: str) -> tuple[Client, httpx.Client]:
+@dataclass(frozen=True, slots=True)
+class PoolUse:
+    """How many connections are open, how many of them carry a call, and how many there may be."""
+
+    open: int
+    busy: int
+    limit: int = CONNECTIONS_MAX
+
+
+class Http(httpx.Client):
+    """An HTTP/1.1 client that follows no redirect and can tell how its connections are used."""
+
+    def __init__(self, timeout: httpx.Timeout) -> None:
+        limits = httpx.Limits(max_connections=CONNECTIONS_MAX)
+        self._wire = httpx.HTTPTransport(http2=False, retries=1, limits=limits)
+        super().__init__(transport=self._wire, timeout=timeout, follow_redirects=False)
+
+    def pool_use(self) -> PoolUse:
+        """Count the connections at this moment."""
+        known = [found for found in self._wire._pool.connections if not found.is_closed()]
+        return PoolUse(len(known), sum(not found.is_idle() for found in known))
+
+
+def build_client(url: str, key: str) -> tuple[Client, Http]:
     """Return a client and what it runs on; raises SettingsError for a malformed URL or key."""
-    limits = httpx.Limits(max_connections=CONNECTIONS_MAX)
-    http = httpx.Client(
-        transport=httpx.HTTPTransport(http2=False, retries=1, limits=limits),
-        timeout=httpx.Timeout(
+    http = Http(
+        httpx.Timeout(
             connect=CONNECT_TIMEOUT_S, write=WRITE_TIMEOUT_S, read=READ_TIMEOUT_S, pool=5.0
-        ),
-        follow_redirects=False,
-        event_hooks={"response": [_require_json_success]},
+        )
     )
+    http.event_hooks = {"response": [_require_json_success]}
     options = SyncClientOptions(
         httpx_client=http,
         auto_refresh_token=False,
@@ -85,6 +108,36 @@ def execute(client: Client, function: str, params: Row) -> Any:
         inner = error.__cause__ or error.__context__
         text = "SSL" if isinstance(inner, ssl.SSLError) else str(error)
         raise error_for_exception(names, text) from None
+
+
+def fetch_public(url: str, *, bytes_max: int, deadline_s: float) -> bytes:
+    """Get a small document that needs no key; raises SyncError, also when it is over `bytes_max`.
+
+    Blocks up to `deadline_s`, however slowly the bytes come.
+    """
+    body: bytes = Call(lambda: _fetch(url, bytes_max)).wait(deadline_s)
+    return body
+
+
+def _fetch(url: str, bytes_max: int) -> bytes:
+    # Unpacking a packed body could make a thousand bytes of one, so none is asked for or unpacked.
+    headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+    try:
+        with Http(httpx.Timeout(FETCH_TIMEOUT_S)) as http:
+            with http.stream("GET", url, headers=headers) as response:
+                if response.status_code == httpx.codes.NOT_FOUND:
+                    raise ProtocolMismatch("Supabase has no such document")
+                if response.status_code != httpx.codes.OK:
+                    raise error_for(FailedReply(response.status_code))
+                body = b""
+                for part in response.iter_raw():
+                    body += part
+                    if len(body) > bytes_max:
+                        raise ReplyUnreadable(f"the document is over {bytes_max} bytes")
+                return body
+    except httpx.HTTPError as error:
+        names = [kind.__name__ for kind in type(error).__mro__]
+        raise error_for_exception(names, str(error)) from None
 
 
 def _require_json_success(response: httpx.Response) -> None:

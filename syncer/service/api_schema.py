@@ -168,8 +168,9 @@ _DURABILITY = {
 }
 _ERRORS: dict[int, str] = {
     401: "No access token, or one that isn't valid.",
-    404: "There is no such session of this user.",
-    409: "The session changed meanwhile, or the Idempotency-Key was used for something else.",
+    403: "The token isn't an operator's.",
+    404: "There is no such thing, or it is somebody else's.",
+    409: "It changed meanwhile, or the Idempotency-Key was used for something else.",
     413: "The body is over the limit.",
     422: "A field isn't valid; nothing was written.",
     503: "The buffer is full, the server shuts down, or what was asked for is unknown here.",
@@ -187,6 +188,11 @@ def writes(status: int, *errors: int) -> Responses:
     if status != 204:
         shown["model"] = SessionDocument
     return {status: shown, **_described(401, 409, 413, 422, 503, *errors)}
+
+
+def operators() -> Responses:
+    """Describe the errors of the operators' routes; their documents are those of the commands."""
+    return _described(401, 403, 404, 409, 413, 422, 503)
 
 
 def _described(*statuses: int) -> Responses:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -19,10 +18,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from local_store import LocalStore
 from local_store.clock import new_id
 from syncer.acknowledger import Acknowledger
-from syncer.service import health, http_errors, session_routes
+from syncer.remote import SupabaseRemote
+from syncer.service import health, http_errors, metrics, session_routes, sync_routes
 from syncer.service.auth import Authenticator
 from syncer.service.health import Health, SyncState, WriteGate
 from syncer.service.http_errors import reply_to, request_id_of
+from syncer.service.log_setup import where
+from syncer.service.metrics import Metrics
 from syncer.sessions import BufferedSessionStore, GuardedReads, SketchTranslator, Translator
 from syncer.sessions.read_through import Reads
 from syncer.settings import Settings
@@ -34,6 +36,8 @@ T = TypeVar("T")
 READ_THREADS_MAX = 24
 WRITE_THREADS_MAX = 128  # each may wait for a commit of the Volume, which they share
 SHUTDOWN_WAIT_S = 4.0  # a write takes milliseconds; what waits for the Volume is in the buffer
+OPERATOR_THREADS_MAX = 2  # an audit takes long, and takes no reader's thread
+KEY_THREADS_MAX = 2  # who waits for the project's keys waits for one answer
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 
@@ -49,14 +53,16 @@ def create_app(
     translator: Translator | None = None,
     acknowledger: Acknowledger | None = None,
     at_end: Callable[[], None] = lambda: None,
+    counted: Metrics | None = None,
 ) -> FastAPI:
     """Build the API on an open store, which stays the caller's to close.
 
     `remote` answers reads; without one, what isn't held here is unknown. Whoever runs a flusher
-    passes the SyncState it reports to, and the `acknowledger` that takes receipts as far as the
-    settings ask; without one they say `host`. `at_end` runs when the server shuts down and no
-    write is under way any more. Raises SettingsError when users can't be authenticated.
+    passes the SyncState and the Metrics it reports to, and the `acknowledger` that takes receipts
+    as far as the settings ask; without one they say `host`. `at_end` runs when the server shuts
+    down and no write is under way any more. Raises SettingsError when users can't be authenticated.
     """
+    counted = counted or Metrics()
     sync = flusher_state or SyncState(enabled=settings.use_supabase)
     reads = GuardedReads(
         remote,
@@ -79,9 +85,16 @@ def create_app(
     app.state.gate = gate
     app.state.sync = sync
     app.state.health = Health(settings, store, gate, sync, acknowledger)
+    app.state.metrics = counted
+    supabase = remote if isinstance(remote, SupabaseRemote) else None
+    pool = None if supabase is None else supabase.pool_use
+    counted.watch(settings, store, app.state.health, sync, pool)
+    app.state.desk = sync_routes.Desk(store, sync, supabase)
+    app.state.off_loop_desk = _threads(OPERATOR_THREADS_MAX)
     app.state.translator = translator or SketchTranslator()
     app.state.off_loop_reads = _threads(READ_THREADS_MAX)
     app.state.off_loop_writes = _threads(WRITE_THREADS_MAX, gate)
+    app.state.off_loop_keys = _threads(KEY_THREADS_MAX)
     app.state.sessions_of = lambda user_id: BufferedSessionStore(
         store,
         user_id,
@@ -90,9 +103,12 @@ def create_app(
         settings.read_through_ms / 1_000,
         acknowledge=acknowledger.reach,
         survives=acknowledger.durability,
+        on_ack=counted.acknowledged,
     )
     app.include_router(session_routes.router)
+    app.include_router(sync_routes.router)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     http_errors.install(app)
     app.add_middleware(_BodyLimit, bytes_max=settings.op_bytes_max)
     app.add_middleware(_RequestEdge)
@@ -138,6 +154,8 @@ class _RequestEdge:
             if message["type"] == "http.response.start":
                 started = True
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                status = message["status"]
+                log.debug("answered", method=scope["method"], route=_route_of(scope), status=status)
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
@@ -148,13 +166,19 @@ class _RequestEdge:
                 # may quote what a user wrote.
                 log.error(
                     "request_failed",
-                    route=getattr(scope.get("route"), "path", None),
+                    route=_route_of(scope),
                     error=type(error).__name__,
-                    where="".join(traceback.format_tb(error.__traceback__)),
+                    where=where(error.__traceback__),
                 )
                 if started:
                     raise
                 await reply_to(error).response(request_id)(scope, receive, send_with_id)
+
+
+def _route_of(scope: Scope) -> str | None:
+    """Return the route as it is written in the code: a path may hold what a user typed."""
+    path: str | None = getattr(scope.get("route"), "path", None)
+    return path
 
 
 class _BodyLimit:

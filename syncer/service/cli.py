@@ -27,7 +27,7 @@ from syncer.service.buffers import (
     holds_buffer,
     settings_for,
 )
-from syncer.service.log_setup import set_up_logging
+from syncer.service.log_setup import log_uncaught, set_up_logging
 from syncer.service.operator_commands import conflicts_app, dead_letters_app
 from syncer.service.output import show_audit, show_document, show_flush, show_status, told
 from syncer.service.recovery_commands import backup, doctor, replay
@@ -58,6 +58,7 @@ app.command()(doctor)
 def main() -> None:
     """Run the command line; every expected error becomes one line on stderr and an exit code."""
     set_up_logging(json=not sys.stderr.isatty())
+    log_uncaught()
     try:
         app()
     except SettingsError as error:

@@ -20,7 +20,9 @@ from syncer.flusher import Flusher, FlushLimits, FlushReport, drain
 from syncer.remote import SupabaseRemote
 from syncer.service.app import create_app
 from syncer.service.health import SyncState
+from syncer.service.metrics import Metrics
 from syncer.service.scheduler import FlushScheduler
+from syncer.service.watch import Watch
 from syncer.sessions import Translator
 from syncer.sessions.tables import SESSION_TABLES
 from syncer.settings import Settings, store_limits
@@ -45,6 +47,7 @@ class Runtime:
         remote: SupabaseRemote | None,
         volume: Volume | None,
         translator: Translator | None,
+        counted: Metrics,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -53,6 +56,8 @@ class Runtime:
         shipper = None if volume is None else Shipper.from_settings(store, volume, settings)
         self._acknowledger = Acknowledger(store, shipper, AckLimits.from_settings(settings))
         self._sync = SyncState(enabled=settings.use_supabase)
+        self._counted = counted
+        self._watch: Watch | None = None
         self._flusher: Flusher | None = None
         self._delivery: FlushScheduler | None = None
         self._shipping: BackgroundScheduler | None = None
@@ -63,6 +68,7 @@ class Runtime:
             remote=remote,
             flusher_state=self._sync,
             translator=translator,
+            counted=counted,
             acknowledger=self._acknowledger,
             at_end=self.stop,
         )
@@ -81,14 +87,16 @@ class Runtime:
         folder that outlives the container by itself. Raises SettingsError before anything is opened
         when a setting is missing, LocalStoreError when the buffer can't be opened.
         """
-        remote = _remote_of(settings)
+        counted = Metrics()
+        remote = _remote_of(settings, counted)
         # Also for mode `local`: what is left at the end of the process is shipped.
         if volume is None and (settings.ships or settings.volume_dir is not None):
             folder, _ = settings.require_volume()
             volume = Volume(folder)
         store = LocalStore.open(settings.data_dir, tables=SESSION_TABLES, **store_limits(settings))
         try:
-            runtime = cls(settings, store, remote, volume, translator)
+            runtime = cls(settings, store, remote, volume, translator, counted)
+            runtime._start_watch()
             runtime._start_delivery()
             runtime._start_shipping()
         except BaseException:
@@ -108,6 +116,8 @@ class Runtime:
         self._stopped = True
         if self._shipping is not None:
             self._shipping.shutdown(wait=False)
+        if self._watch is not None:
+            self._watch.stop()
         if self._volume is not None and not self._acknowledger.ship_all(SHIP_S):
             log.error("not_shipped", at_risk=self._acknowledger.at_risk())
         self._stop_delivery()
@@ -126,10 +136,20 @@ class Runtime:
             self._store,
             self._flusher,
             interval_s=self._settings.flush_interval_s,
-            on_report=self._sync.record,
+            on_report=self._record,
             on_pass=self._acknowledger.heard,
         )
         self._delivery.start()
+
+    def _record(self, report: FlushReport) -> None:
+        self._sync.record(report)
+        self._counted.flushed(report)
+
+    def _start_watch(self) -> None:
+        if self._remote is None or not self._settings.watch_interval_s:
+            return
+        self._watch = Watch(self._settings, self._store, self._remote, self._sync, self._counted)
+        self._watch.start()
 
     def _start_shipping(self) -> None:
         """Ship what was acknowledged before the mode turned, and what a failed commit left."""
@@ -164,11 +184,10 @@ class Runtime:
         self._delivery.stop()
         clock = SystemClock()
         end = clock.monotonic() + LAST_PASS_S / 2
-        report: FlushReport = drain(self._flusher, clock, budget_s=end - clock.monotonic())
-        self._sync.record(report)
+        self._record(drain(self._flusher, clock, budget_s=end - clock.monotonic()))
 
 
-def _remote_of(settings: Settings) -> SupabaseRemote | None:
+def _remote_of(settings: Settings, counted: Metrics) -> SupabaseRemote | None:
     """Return the project to deliver to and read from; None when this process does neither.
 
     A container that only ships segments needs no secret key: the worker has it.
@@ -178,4 +197,4 @@ def _remote_of(settings: Settings) -> SupabaseRemote | None:
     only_ships = settings.ships and not settings.embedded_flusher
     if only_ships and settings.supabase_secret_key is None:
         return None
-    return SupabaseRemote.from_settings(settings)
+    return SupabaseRemote.from_settings(settings, on_call=counted.called)

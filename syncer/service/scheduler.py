@@ -113,9 +113,12 @@ class FlushScheduler:
                 duplicate=report.duplicate,
                 conflict=report.conflict,
                 rejected=report.rejected,
+                merged=report.merged,
                 held=report.held,
+                fenced=report.fenced,
                 pending=report.pending,
                 breaker=report.breaker,
                 stopped=report.stopped,
+                took_ms=round(report.took_s * 1_000, 1),
                 error=report.error,
             )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
+from syncer.service.log_setup import secrets_of, set_up_logging
 from syncer.service.output import told
 from syncer.service.runtime import Runtime
 from syncer.settings import Settings
@@ -20,11 +23,18 @@ def serve(settings: Settings) -> None:
 
     Raises SettingsError before anything is opened when a needed setting is missing.
     """
+    set_up_logging_of(settings)
     runtime = Runtime.start(settings)
     try:
         _run(runtime.app, settings)
     finally:
         runtime.stop()
+
+
+def set_up_logging_of(settings: Settings) -> None:
+    """Log as the settings say, without the secrets that they hold."""
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    set_up_logging(json=not sys.stderr.isatty(), level=level, secrets=secrets_of(settings))
 
 
 def serve_on_local_supabase(overrides: dict[str, Any]) -> None:
@@ -51,6 +61,7 @@ def _run(app: Any, settings: Settings) -> None:
         port=settings.port,
         log_level="warning",
         access_log=False,
+        log_config=None,  # by the process's own set-up, which takes out what mustn't be written
         timeout_graceful_shutdown=GRACEFUL_S,
     )
     uvicorn.Server(config).run()

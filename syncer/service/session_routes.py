@@ -92,7 +92,10 @@ class Caller:
         self.user_id: str = request.state.user_id
         self.store: BufferedSessionStore = state.sessions_of(self.user_id)
         self.manager = SpecSessionManager(
-            self.store, state.translator, off_loop=state.off_loop_writes
+            self.store,
+            state.translator,
+            off_loop=state.off_loop_writes,
+            tell=state.metrics.session_changed,
         )
 
     def request_key(self, body: BaseModel | None = None) -> RequestKey | None:

@@ -10,7 +10,7 @@ import asyncio
 import copy
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from local_store import TransactionIdReused
 from syncer.sessions.errors import (
@@ -34,7 +34,9 @@ from syncer.sessions.tables import SESSIONS
 from syncer.sessions.translate import IR, SketchTranslator, Translate, Translator, TranslatorOf
 
 T = TypeVar("T")
-Make = Callable[[PromptSession], Awaitable[None]]
+SessionEvent = Literal["created", "finalized", "abandoned", "hole_resolved"]
+Make = Callable[[PromptSession], Awaitable[SessionEvent | None]]  # returns what there is to tell
+Tell = Callable[[SessionEvent, PromptSession], None]
 
 CHANGE_ATTEMPTS_MAX = 64  # each lost race means that another change of the session got through
 
@@ -56,7 +58,8 @@ class SpecSessionManager:
 
     `translate` is a Translator, or a callable from prompt to IR, sync or async, that may carry a
     `fill`. With `request` a repeated call has one effect and gives the same session again; the
-    same key for anything else raises IdempotencyMismatch.
+    same key for anything else raises IdempotencyMismatch. `tell` hears of each change once it is
+    stored; a repeated request changes nothing.
     """
 
     def __init__(
@@ -65,8 +68,10 @@ class SpecSessionManager:
         translate: Translator | Translate | None = None,
         *,
         off_loop: OffLoop = _to_thread,
+        tell: Tell = lambda event, session: None,
     ) -> None:
         self._store = store
+        self._tell = tell
         self._translator = _translator(translate)
         self._off_loop = off_loop
 
@@ -79,10 +84,11 @@ class SpecSessionManager:
     ) -> PromptSession:
         """Create a session from a prompt: its initial revision and its first draft."""
 
-        async def make(session: PromptSession) -> None:
+        async def make(session: PromptSession) -> SessionEvent:
             ir = await self._called(self._translator.translate, prompt)
             session.add_revision(PromptRevision(content=prompt, revision_type="initial"))
             session.add_draft(draft_of(ir, 1))
+            return "created"
 
         return await self._create("prompt", metadata, make, request)
 
@@ -95,8 +101,9 @@ class SpecSessionManager:
     ) -> PromptSession:
         """Create a session from an IR that was lifted from code."""
 
-        async def make(session: PromptSession) -> None:
+        async def make(session: PromptSession) -> SessionEvent:
             session.add_draft(draft_of(copy.deepcopy(dict(ir)), 1))
+            return "created"
 
         return await self._create("reverse_mode", metadata, make, request)
 
@@ -114,7 +121,7 @@ class SpecSessionManager:
         Unknown hole ids are accepted, and a hole may be answered again. Raises SessionNotFound.
         """
 
-        async def make(session: PromptSession) -> None:
+        async def make(session: PromptSession) -> SessionEvent:
             now = timestamp_now()
             resolution = HoleResolution(
                 hole_id=hole_id, resolution_text=text, resolution_type=type, timestamp=now
@@ -127,11 +134,12 @@ class SpecSessionManager:
             )
             draft = session.current_draft
             if draft is None:
-                return  # nothing to work it into: the answer stays unapplied
+                return "hole_resolved"  # nothing to work it into: the answer stays unapplied
             ir = copy.deepcopy(draft.ir)  # the older draft stays as it was, whatever fill does
             ir = await self._called(self._translator.fill, ir, hole_id, text, type)
             session.add_draft(draft_of(ir, _next_version(session)))
             resolution.applied = True
+            return "hole_resolved"
 
         return await self._change(session_id, make, request)
 
@@ -140,8 +148,10 @@ class SpecSessionManager:
     ) -> PromptSession:
         """Declare the session done, with or without open holes. Raises SessionNotFound."""
 
-        async def make(session: PromptSession) -> None:
+        async def make(session: PromptSession) -> SessionEvent | None:
+            is_news = session.status != "finalized"
             session.finalize()
+            return "finalized" if is_news else None
 
         return await self._change(session_id, make, request)
 
@@ -150,8 +160,10 @@ class SpecSessionManager:
     async def abandon(self, session_id: str, *, request: RequestKey | None = None) -> PromptSession:
         """Declare the session given up. Raises SessionNotFound."""
 
-        async def make(session: PromptSession) -> None:
+        async def make(session: PromptSession) -> SessionEvent | None:
+            is_news = session.status != "abandoned"
             session.abandon()
+            return "abandoned" if is_news else None
 
         return await self._change(session_id, make, request)
 
@@ -214,7 +226,7 @@ class SpecSessionManager:
             made = await self._off_loop(self._store.created_by, request)
             if made is not None:
                 return made
-        await make(session)
+        event = await make(session)
         try:
             await self._off_loop(lambda: self._store.create(session, request=request))
         except TransactionIdReused:
@@ -223,7 +235,7 @@ class SpecSessionManager:
             if made is None:
                 raise IdempotencyMismatch from None
             return made
-        return session
+        return self._told(event, session)
 
     async def _change(
         self, session_id: str, make: Make, request: RequestKey | None
@@ -232,13 +244,18 @@ class SpecSessionManager:
             session, is_done = await self._off_loop(self._loaded, session_id, request)
             if is_done:
                 return session
-            await make(session)
+            event = await make(session)
             try:
                 await self._off_loop(self._updated, session, request)
             except (ConcurrentModificationError, TransactionIdReused):
                 continue  # make it again on what the others left, or find that it was made
-            return session
+            return self._told(event, session)
         raise ConcurrentModificationError(session_id, ["*"])
+
+    def _told(self, event: SessionEvent | None, session: PromptSession) -> PromptSession:
+        if event is not None:
+            self._tell(event, session)
+        return session
 
     def _loaded(self, session_id: str, request: RequestKey | None) -> tuple[PromptSession, bool]:
         """Return the session and whether this request changed it already."""

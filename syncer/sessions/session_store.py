@@ -77,15 +77,15 @@ class BufferedSessionStore:
         owns_store: bool = False,
         acknowledge: Callable[[Receipt], Receipt] = lambda receipt: receipt,
         survives: Callable[[Collection[int]], Durability] = at_host,
+        on_ack: Callable[[float], None] = lambda took_s: None,
     ) -> None:
         self._store = store
         self._user_id = user_id
         self._remote_usable = remote_usable
         self._clock = clock or SystemClock()
         self._ids = ids
-        self._owns_store = owns_store
-        self._acknowledge = acknowledge
-        self._survives = survives
+        self._owns_store, self._on_ack = owns_store, on_ack
+        self._acknowledge, self._survives = acknowledge, survives
         self._through: ReadThrough | None = None
         if remote is not None:
             self._through = ReadThrough(store, user_id, remote, read_budget_s, self._clock)
@@ -370,15 +370,15 @@ class BufferedSessionStore:
         for part in PARTS:
             for row in sessions:
                 where = {"session_id": row["id"]}
-                found[part.table] += self._store.select(
-                    part.table, user_id=self._user_id, where=where, limit=-1
-                )
+                rows = self._store.select(part.table, user_id=self._user_id, where=where, limit=-1)
+                found[part.table] += rows
         return found
 
     def _write(self, ops: list[Op], request: RequestKey | None) -> None:
-        txn_id = None if request is None else request.txn_id
+        txn_id, began = None if request is None else request.txn_id, self._clock.monotonic()
         receipt = self._store.write(ops, user_id=self._user_id, txn_id=txn_id)
         self.last_receipt = self._acknowledge(receipt)
+        self._on_ack(self._clock.monotonic() - began)
 
     def _remember(self, session: PromptSession, change: Change) -> None:
         if change.snapshot is not None:

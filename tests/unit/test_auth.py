@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import jwt
@@ -12,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from syncer.errors import SettingsError
-from syncer.service.auth import Authenticator
+from syncer.service.auth import Authenticator, Identity
 from syncer.service.http_errors import ApiError
 from syncer.settings import Settings
 
@@ -118,9 +119,46 @@ def test_a_local_stacks_issuer_is_not_compared() -> None:
     assert authenticator.user_of(f"Bearer {token(iss='http://kong:8000/auth/v1')}") == "user-1"
 
 
-def test_a_missing_secret_is_named() -> None:
+@pytest.mark.parametrize("url", [None, "http://127.0.0.1:54321"])
+def test_a_local_stack_without_its_secret_is_refused_at_the_start(url: str | None) -> None:
     with pytest.raises(SettingsError, match="SUPABASE_JWT_SECRET"):
-        Authenticator.from_settings(settings(supabase_jwt_secret=None))
+        Authenticator.from_settings(settings(supabase_url=url, supabase_jwt_secret=None))
+
+
+def test_a_hosted_project_may_have_public_keys_only(tmp_path: Path) -> None:
+    made = Authenticator.from_settings(settings(supabase_jwt_secret=None, data_dir=tmp_path))
+    with pytest.raises(ApiError) as raised:
+        made.user_of(f"Bearer {token()}")
+    assert raised.value.reply.status == 401, "nothing is signed by a secret that isn't set"
+
+
+# -- operators -------------------------------------------------------------------------------------
+
+
+def test_an_operator_is_who_the_project_says_so_and_nobody_else() -> None:
+    made = Authenticator.from_settings(settings())
+
+    def is_operator(**claims: Any) -> bool:
+        return made.identify(f"Bearer {token(**claims)}").is_operator
+
+    assert is_operator(app_metadata={"role": "syncer_admin"})
+    assert not is_operator()
+    assert not is_operator(user_metadata={"role": "syncer_admin"}), "users write that themselves"
+    assert not is_operator(app_metadata={"role": "admin"})
+    assert not is_operator(app_metadata=["syncer_admin"])
+    assert not is_operator(app_metadata="syncer_admin")
+
+
+def test_the_service_key_is_an_operator_and_no_user() -> None:
+    made = Authenticator.from_settings(settings())
+    key = token(role="service_role", iss="supabase", aud=None, sub=None)
+    assert made.identify(f"Bearer {key}") == Identity(None, is_operator=True)
+    with pytest.raises(ApiError):
+        made.user_of(f"Bearer {key}")
+    for claims in ({"exp": None}, {"exp": NOW - timedelta(minutes=1)}, {"secret": "x" * 40}):
+        bad = {"role": "service_role", "aud": None, "sub": None, **claims}
+        with pytest.raises(ApiError):
+            made.identify(f"Bearer {token(**bad)}")
 
 
 def test_the_secret_is_not_in_the_repr() -> None:

@@ -42,7 +42,7 @@ def auth(user: str = "alice") -> dict[str, str]:
 class Api:
     """One API with what stands behind it."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(self, folder: Path, *, remote: Any = None, **settings: Any) -> None:
         self.settings = Settings.load(
             data_dir=folder,
             supabase_url="http://127.0.0.1:1",
@@ -59,7 +59,7 @@ class Api:
         self.server = ReadServer()
         self.sync = SyncState(enabled=self.settings.use_supabase)
         self.app = create_app(
-            self.settings, self.local, remote=self.server, flusher_state=self.sync
+            self.settings, self.local, remote=remote or self.server, flusher_state=self.sync
         )
         self.client = TestClient(self.app, raise_server_exceptions=False, headers=auth())
 

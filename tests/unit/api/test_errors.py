@@ -119,7 +119,7 @@ def test_an_unexpected_error_is_answered_in_the_shape_and_without_its_text(tmp_p
         reply = client.post("/api/sessions", json={"prompt": "x"})
     error_of(reply, 500, "unavailable")
     assert "canary" not in reply.text
-    [event] = logged
+    [event] = [event for event in logged if event["log_level"] == "error"]
     assert (event["event"], event["error"]) == ("request_failed", "RuntimeError")
     assert "translate" in event["where"]
     assert "canary x" not in str(event)
