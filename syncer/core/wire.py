@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from syncer.core.verdict import PARKED_STATES, VERDICT_KINDS, Verdict
 from syncer.errors import ProtocolMismatch, ReplyUnreadable
 
 PROTOCOL = 1
+INT_MIN, UINT_MAX = -(2**63), 2**64 - 1  # what the buffer's JSON can hold as an integer
+FLOAT_MAX = int(sys.float_info.max)
 CHAINED = "chained"
 """The base of an op whose row was changed earlier by the same log and not confirmed yet."""
 
@@ -143,7 +146,7 @@ def _decode_verdict(item: Mapping[str, Any]) -> Verdict:
         kind=kind,
         state=item.get("state"),
         versions=dict(versions),
-        rows=dict(rows),
+        rows=_with_floats(dict(rows)),
         blocked_by=item.get("blocked_by"),
         op=item.get("op"),
         sqlstate=item.get("sqlstate"),
@@ -159,4 +162,22 @@ def decode_reads(reply: object, reads: Sequence[object]) -> list[list[Row]]:
     for rows in items:
         if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
             raise ReplyUnreadable("a read's reply isn't a list of rows", hint="ask again")
-    return [[dict(row) for row in rows] for rows in items]
+    return [[_with_floats(dict(row)) for row in rows] for rows in items]
+
+
+def _with_floats(document: Row) -> Row:
+    """Make floats again of integers beyond 64 bits, in place.
+
+    No such integer is ever accepted, but jsonb writes a float as large as 1e23 out as one, and the
+    buffer couldn't keep it. A number beyond a float's range, which only SQL can bring, becomes the
+    largest float: it must not stop the rows of others.
+    """
+    stack: list[Any] = [document]
+    while stack:
+        node = stack.pop()
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            if isinstance(value, dict | list):
+                stack.append(value)
+            elif isinstance(value, int) and not INT_MIN <= value <= UINT_MAX:
+                node[key] = float(min(max(value, -FLOAT_MAX), FLOAT_MAX))
+    return document

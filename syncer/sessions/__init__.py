@@ -19,10 +19,12 @@ from syncer.sessions.errors import (
     SessionNotFound,
 )
 from syncer.sessions.manager import SpecSessionManager
+from syncer.sessions.memory_store import InMemorySessionStore, MemoryRows
 from syncer.sessions.models import HoleResolution, IRDraft, PromptRevision, PromptSession
 from syncer.sessions.read_through import GuardedReads
 from syncer.sessions.session_store import BufferedSessionStore
 from syncer.sessions.store_api import RequestKey, SessionPage, SessionStore, SyncInfo
+from syncer.sessions.supabase_store import SupabaseSessionStore
 from syncer.sessions.tables import SESSION_TABLES
 from syncer.sessions.translate import SketchTranslator, Translator
 from syncer.settings import Settings, store_limits
@@ -36,7 +38,9 @@ __all__ = [
     "HoleResolution",
     "IRDraft",
     "IdempotencyMismatch",
+    "InMemorySessionStore",
     "InvalidCursor",
+    "MemoryRows",
     "PromptRevision",
     "PromptSession",
     "RequestKey",
@@ -45,6 +49,7 @@ __all__ = [
     "SessionStore",
     "SketchTranslator",
     "SpecSessionManager",
+    "SupabaseSessionStore",
     "SyncInfo",
     "Translator",
     "open_session_store",

@@ -88,7 +88,7 @@ _EMPTY: dict[str, Any] = {"metadata": {}, "smt_results": [], "ambiguities": []}
 
 @dataclass(frozen=True, slots=True)
 class SessionRows:
-    """One session's rows as the local store or the server gave them."""
+    """One session's rows as a store gave them; only local rows carry a `_version`."""
 
     session: Row
     children: Mapping[str, Sequence[Row]]

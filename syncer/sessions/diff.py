@@ -120,7 +120,7 @@ class _Diff:
             columns = _session_columns(
                 changed, {**self._theirs.fields, **changed}, client, self._now, row
             )
-            op = Update(SESSIONS, row["id"], columns, expected_version=row["_version"])
+            op = Update(SESSIONS, row["id"], columns, expected_version=row.get("_version"))
             self.change.ops.insert(0, op)  # parent first
 
     def children(self, part: Part, mark: Mark) -> tuple[Child, ...]:
@@ -156,7 +156,7 @@ class _Diff:
         if changed:
             columns = _child_columns(part, changed, {**there, **changed}, row, self._now)
             self.change.ops.append(
-                Update(part.table, was.id, columns, expected_version=row["_version"])
+                Update(part.table, was.id, columns, expected_version=row.get("_version"))
             )
 
     def _remove(self, part: Part, was: Child) -> None:
@@ -165,7 +165,7 @@ class _Diff:
             return  # they removed it too
         if not same(was.fields, self._there[part.table, was.id]):
             self.change.clashes.append(part.attribute)
-        self.change.ops.append(Delete(part.table, was.id, expected_version=row["_version"]))
+        self.change.ops.append(Delete(part.table, was.id, expected_version=row.get("_version")))
 
 
 def merge(base: Fields, mine: Fields, theirs: Fields) -> tuple[Fields, list[str]]:

@@ -130,10 +130,9 @@ class ReadThrough:
         Raises RemoteUnavailable when the server can't be asked in time.
         """
         as_of = self._store.change_counter()
-        reads = [TableRead(SESSIONS, {"id": session_id}, limit=1), *_children_of(session_id)]
-        sessions, *children = self._ask(reads, self._budget_s)
+        sessions, *children = self._ask(whole_session(session_id), self._budget_s)
         tables = {part.table: rows for part, rows in zip(PARTS, children, strict=True)}
-        self._check_whole(children)
+        check_whole(children)
         self._take(sessions, [session_id], tables, as_of)
 
     def listed(self) -> Listing:
@@ -143,8 +142,7 @@ class ReadThrough:
         """
         as_of = self._store.change_counter()
         end = self._clock.monotonic() + self._budget_s
-        read = TableRead(SESSIONS, {}, order_by="created_at", descending=True, limit=ROWS_MAX)
-        [rows] = self._ask([read], self._budget_s)
+        [rows] = self._ask([newest_sessions({})], self._budget_s)
         return Listing(rows, len(rows) < ROWS_MAX, as_of, end)
 
     def take(self, listing: Listing, session_ids: Sequence[str]) -> None:
@@ -155,9 +153,9 @@ class ReadThrough:
         tables: dict[str, list[Row]] = {part.table: [] for part in PARTS}
         for start in range(0, len(session_ids), SESSIONS_PER_READ):
             ids = session_ids[start : start + SESSIONS_PER_READ]
-            reads = [read for session_id in ids for read in _children_of(session_id)]
+            reads = [read for session_id in ids for read in children_of(session_id)]
             found = self._ask(reads, max(0.001, listing.end - self._clock.monotonic()))
-            self._check_whole(found)
+            check_whole(found)
             for asked, rows in zip(reads, found, strict=True):
                 tables[asked.table] += rows
         wanted, known = set(session_ids), {str(row["id"]) for row in listing.rows}
@@ -176,14 +174,6 @@ class ReadThrough:
             raise RemoteUnavailable(
                 f"Supabase didn't answer a read ({type(error).__name__})", hint="try again later"
             ) from error
-
-    def _check_whole(self, children: Sequence[Sequence[Row]]) -> None:
-        if any(len(rows) >= ROWS_MAX for rows in children):
-            # A cut list would look as if the rest had been deleted.
-            raise RemoteUnavailable(
-                f"a session has {ROWS_MAX} children or more, which one read can't return",
-                hint="it is readable where it was written",
-            )
 
     def _take(
         self,
@@ -232,8 +222,32 @@ class ReadThrough:
         return not self._store.transactions_of(SESSIONS, session_id, user_id=self._user_id)
 
 
-def _children_of(session_id: str) -> list[TableRead]:
+def newest_sessions(where: Row) -> TableRead:
+    """Return the read of the newest session rows that equal `where`."""
+    return TableRead(SESSIONS, where, order_by="created_at", descending=True, limit=ROWS_MAX)
+
+
+def whole_session(session_id: str) -> list[TableRead]:
+    """Return the reads of one session: its row, then its children by part.
+
+    In this order, so that a draft that the session names is among the drafts read after it.
+    """
+    return [TableRead(SESSIONS, {"id": session_id}, limit=1), *children_of(session_id)]
+
+
+def children_of(session_id: str) -> list[TableRead]:
+    """Return the reads of a session's children, one per part."""
     return [
         TableRead(part.table, {"session_id": session_id}, order_by="created_at", limit=ROWS_MAX)
         for part in PARTS
     ]
+
+
+def check_whole(children: Sequence[Sequence[Row]]) -> None:
+    """Raise RemoteUnavailable for a list of children that may have been cut."""
+    if any(len(rows) >= ROWS_MAX for rows in children):
+        # A cut list would look as if the rest had been deleted.
+        raise RemoteUnavailable(
+            f"a session has {ROWS_MAX} children or more, which one read can't return",
+            hint="it is readable where it was written",
+        )

@@ -1,4 +1,4 @@
-"""Sessions on the durable buffer: whole aggregates in, row changes out.
+"""Sessions on the durable buffer: what is written here is acknowledged here.
 
 A write never asks the server when the session is held here. A read asks it within a short budget
 when the local copy has nothing pending; what can't be asked for is unknown, never absent.
@@ -6,14 +6,11 @@ when the local copy has nothing pending; what can't be asked for is unknown, nev
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import Self
 
 from local_store import (
-    Delete,
     InvalidWrite,
     LocalStore,
     LocalStoreError,
@@ -22,9 +19,8 @@ from local_store import (
     Row,
     RowNotFound,
     VersionMismatch,
-    user_uuid,
 )
-from local_store.clock import Clock, SystemClock, isoformat, new_id
+from local_store.clock import Clock, new_id
 from local_store.ops import Durability
 from syncer.errors import RemoteUnavailable
 from syncer.sessions.aggregate import (
@@ -32,28 +28,20 @@ from syncer.sessions.aggregate import (
     SessionRows,
     Snapshot,
     assemble,
-    copied,
     rows_by_session,
     snapshot_of,
 )
 from syncer.sessions.cursor import Page, Position, after_cursor, cut
-from syncer.sessions.diff import Change, Mark, NewId, creation, difference
-from syncer.sessions.errors import (
-    ConcurrentModificationError,
-    IdempotencyMismatch,
-    SessionNotFound,
-)
 from syncer.sessions.models import PromptSession, SessionStatus
 from syncer.sessions.read_through import Reads, ReadThrough
+from syncer.sessions.row_store import RowSessionStore, Traces, canonical
 from syncer.sessions.store_api import RequestKey, SessionPage, SyncInfo, at_host
 from syncer.sessions.tables import SESSIONS
 
-PAGE_MAX = 200  # sessions with all their children: some megabytes
-WRITE_ATTEMPTS_MAX = 64  # each lost race means that somebody else's write got through
 WHOLE_TABLE_SHARE = 0.5  # from this share of the sessions on, one select per table beats many
 
 
-class BufferedSessionStore:
+class BufferedSessionStore(RowSessionStore):
     """One user's sessions on a LocalStore, read through to a server while it can be asked.
 
     Without a `remote` the local copy is all there is. With one, an id that isn't held here while
@@ -79,22 +67,15 @@ class BufferedSessionStore:
         survives: Callable[[Collection[int]], Durability] = at_host,
         on_ack: Callable[[float], None] = lambda took_s: None,
     ) -> None:
+        super().__init__(user_id, clock, ids)
         self._store = store
-        self._user_id = user_id
         self._remote_usable = remote_usable
-        self._clock = clock or SystemClock()
-        self._ids = ids
         self._owns_store, self._on_ack = owns_store, on_ack
         self._acknowledge, self._survives = acknowledge, survives
         self._through: ReadThrough | None = None
         if remote is not None:
             self._through = ReadThrough(store, user_id, remote, read_budget_s, self._clock)
         self.last_receipt: Receipt | None = None
-
-    @property
-    def user_id(self) -> str:
-        """The user whose sessions these are, as given."""
-        return self._user_id
 
     def close(self) -> None:
         """Close the buffer if this object opened it."""
@@ -112,99 +93,9 @@ class BufferedSessionStore:
     ) -> None:
         self.close()
 
-    # -- writes -----------------------------------------------------------------------------------
-
-    def create(self, session: PromptSession, *, request: RequestKey | None = None) -> str:
-        """Store a new session with its history, as one transaction; returns its id.
-
-        Raises InvalidWrite naming the column, also when the id is taken.
-        """
-        self._check_author(session)
-        change = creation(session, self._new_id(request), _mark(request), self._now())
-        self._write(change.ops, request)
-        self._remember(session, change)
-        return session.session_id
-
-    def update(self, session: PromptSession, *, request: RequestKey | None = None) -> None:
-        """Store what the caller changed since this object was read or written, in one transaction.
-
-        Raises ConcurrentModificationError naming the fields that somebody else changed meanwhile,
-        SessionNotFound, InvalidWrite; RemoteUnavailable when the session isn't held here and the
-        server can't be asked for it.
-        """
-        self._check_author(session)
-        session_id = _canonical(session.session_id)
-        if session_id is None:
-            raise SessionNotFound(session.session_id)
-        for _attempt in range(WRITE_ATTEMPTS_MAX):
-            current = self._held_rows(session_id)
-            if current is None:
-                raise SessionNotFound(session_id)
-            change = difference(
-                session, current, self._new_id(request), _mark(request), self._now()
-            )
-            if change.clashes:
-                raise ConcurrentModificationError(session_id, change.clashes)
-            try:
-                if change.ops:
-                    self._write(change.ops, request)
-            except (VersionMismatch, RowNotFound):
-                continue  # a write came between: merge with that one too
-            except InvalidWrite:
-                if self._rows(session_id) is None:
-                    continue  # deleted between; the next round says so
-                raise
-            self._remember(session, change)
-            return
-        raise ConcurrentModificationError(session_id, ["*"])
-
-    def delete(self, session_id: str, *, request: RequestKey | None = None) -> None:
-        """Delete the session; its children go with it, here and on the server.
-
-        Nothing happens when there is none. Raises RemoteUnavailable when that is unknown.
-        """
-        row_id = _canonical(session_id)
-        if row_id is None:
-            return
-        is_repeat = request is not None and self.knows(request)
-        if not is_repeat and self._held_rows(row_id) is None:
-            return
-        try:
-            self._write([Delete(SESSIONS, row_id)], request)
-        except RowNotFound:
-            return  # somebody else was faster
-
     def knows(self, request: RequestKey) -> bool:
         """Tell whether the key was used before, for whatever."""
         return self._store.state(request.txn_id) is not None
-
-    def is_repeat(self, request: RequestKey, session: PromptSession | None, known: bool) -> bool:
-        """Tell whether `session` carries this request; `known` is from before it was read.
-
-        Raises IdempotencyMismatch when the key was used for anything else.
-        """
-        base: Snapshot | None = None if session is None else session._base
-        seen = None if base is None else base.requests.get(request.txn_id)
-        if seen == request.fingerprint:
-            return True
-        if seen is not None or known:
-            raise IdempotencyMismatch
-        return False
-
-    def created_by(self, request: RequestKey) -> PromptSession | None:
-        """Return the session that this very request created, None when it is new.
-
-        Looks here only: a repeat that lands in another container is recognised by the server.
-        Raises IdempotencyMismatch; SessionNotFound when that session was deleted since.
-        """
-        session_id = request.row_id(SESSIONS)
-        # In this order: a twin of this request may be writing between any two of these reads.
-        known, is_held = self.knows(request), self._is_held(session_id)
-        rows = self._rows(session_id)
-        if rows is None and is_held:
-            raise SessionNotFound(session_id)
-        session = None if rows is None else assemble(session_id, snapshot_of(rows))
-        return session if self.is_repeat(request, session, known) else None
 
     # -- reads ------------------------------------------------------------------------------------
 
@@ -215,7 +106,7 @@ class BufferedSessionStore:
         local copy is the fallback, marked stale. Raises RemoteUnavailable when the id isn't held
         here and the server can't be asked.
         """
-        row_id = _canonical(session_id)
+        row_id = canonical(session_id)
         if row_id is None:
             return None
         if not self._is_held(row_id):
@@ -225,44 +116,43 @@ class BufferedSessionStore:
         rows = self._rows(row_id)
         return None if rows is None else assemble(row_id, snapshot_of(rows, stale=stale))
 
-    def load(self, session_id: str) -> PromptSession | None:
-        """Return the session to change it; the server is asked only when it isn't held here."""
-        row_id = _canonical(session_id)
-        rows = None if row_id is None else self._held_rows(row_id)
-        return None if row_id is None or rows is None else assemble(row_id, snapshot_of(rows))
-
-    def list_active(self) -> list[PromptSession]:
-        """Return all active sessions known now, newest first; see `list_page` for completeness."""
-        return self._list("active", None, None).sessions
-
-    def list_all(self) -> list[PromptSession]:
-        """Return all sessions known now, newest first; see `list_page` for completeness."""
-        return self._list(None, None, None).sessions
-
-    def list_page(
-        self,
-        status: SessionStatus | None = None,
-        limit: int = 50,
-        cursor: str | None = None,
-    ) -> SessionPage:
-        """Return at most `limit` sessions, newest first, from after `cursor` on.
-
-        Raises InvalidCursor.
-        """
-        return self._list(status, min(max(limit, 1), PAGE_MAX), cursor)
-
     def sync_info(self, session: PromptSession) -> SyncInfo:
         """Tell where a session that this store returned stands now."""
         base: Snapshot | None = session._base
         stale = base is not None and base.stale
-        row_id = _canonical(session.session_id) or ""
+        row_id = canonical(session.session_id) or ""
         found = self._store.transactions_of(SESSIONS, row_id, user_id=self._user_id)
         durability = self._survives([seq for _txn_id, seq, _state in found])
         return SyncInfo.of([state for *_, state in found], durability, stale=stale)
 
+    # -- what the base asks for -------------------------------------------------------------------
+
+    def _commit(
+        self, ops: Sequence[Op], current: SessionRows | None, request: RequestKey | None
+    ) -> bool:
+        txn_id, began = None if request is None else request.txn_id, self._clock.monotonic()
+        try:
+            receipt = self._store.write(ops, user_id=self._user_id, txn_id=txn_id)
+        except (VersionMismatch, RowNotFound):
+            return False
+        except InvalidWrite:
+            if current is not None and self._rows(current.session["id"]) is None:
+                return False  # deleted between: new children have no parent any more
+            raise
+        self.last_receipt = self._acknowledge(receipt)
+        self._on_ack(self._clock.monotonic() - began)
+        return True
+
+    def _traces(self, request: RequestKey, session_id: str) -> Traces:
+        # Here only: a repeat that lands in another container is recognised by the server.
+        return Traces(known=self.knows(request), was_here=self._is_held(session_id))
+
+    def _kept(self, session_id: str) -> SessionRows | None:
+        return self._rows(session_id)
+
     # -- the local copy ---------------------------------------------------------------------------
 
-    def _held_rows(self, session_id: str) -> SessionRows | None:
+    def _found(self, session_id: str) -> SessionRows | None:
         """Return the rows from here if held; asks the server only for a session that isn't."""
         return self._rows(session_id) if self._is_held(session_id) else self._fetch(session_id)
 
@@ -373,37 +263,3 @@ class BufferedSessionStore:
                 rows = self._store.select(part.table, user_id=self._user_id, where=where, limit=-1)
                 found[part.table] += rows
         return found
-
-    def _write(self, ops: list[Op], request: RequestKey | None) -> None:
-        txn_id, began = None if request is None else request.txn_id, self._clock.monotonic()
-        receipt = self._store.write(ops, user_id=self._user_id, txn_id=txn_id)
-        self.last_receipt = self._acknowledge(receipt)
-        self._on_ack(self._clock.monotonic() - began)
-
-    def _remember(self, session: PromptSession, change: Change) -> None:
-        if change.snapshot is not None:
-            session._base = replace(copied(change.snapshot), stale=False)
-
-    def _check_author(self, session: PromptSession) -> None:
-        owner = session.user_id
-        if owner is not None and user_uuid(owner) != user_uuid(self._user_id):
-            raise InvalidWrite(SESSIONS, "user_id", "isn't the user of this store")
-
-    def _new_id(self, request: RequestKey | None) -> NewId:
-        if request is None:
-            return lambda table, number: self._ids()
-        return request.row_id
-
-    def _now(self) -> str:
-        return isoformat(self._clock.now())
-
-
-def _mark(request: RequestKey | None) -> Mark:
-    return None if request is None else [request.txn_id, request.fingerprint]
-
-
-def _canonical(session_id: object) -> str | None:
-    try:
-        return str(uuid.UUID(session_id)) if isinstance(session_id, str) else None
-    except ValueError:
-        return None

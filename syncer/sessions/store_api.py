@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from local_store import Row, TransactionState, user_uuid
 from local_store.ops import UNSETTLED, Durability
-from syncer.sessions.models import PromptSession
+from syncer.sessions.models import PromptSession, SessionStatus
 
 SessionState = Literal["synced", "pending", "held", "conflict", "rejected"]
 
@@ -71,8 +71,12 @@ class RequestKey:
         return cls(str(uuid.uuid5(uuid.NAMESPACE_URL, name)), fingerprint)
 
     def row_id(self, table: str, number: int = 0) -> str:
-        """Return the id of the request's n-th new row of a table: the same for each repeat."""
-        return str(uuid.uuid5(uuid.UUID(self.txn_id), f"{table}:{number}"))
+        """Return the id of the request's n-th new row of a table: the same for each repeat.
+
+        They ascend with `number`: rows accepted at one moment are ordered by their ids.
+        """
+        first = uuid.uuid5(uuid.UUID(self.txn_id), f"{table}:0")
+        return str(uuid.UUID(int=first.int + number))
 
 
 class SessionStore(Protocol):
@@ -105,6 +109,12 @@ class SessionStore(Protocol):
 
     def list_all(self) -> list[PromptSession]:
         """Return all sessions, newest first."""
+        ...
+
+    def list_page(
+        self, status: SessionStatus | None = None, limit: int = 50, cursor: str | None = None
+    ) -> SessionPage:
+        """Return at most `limit` sessions, newest first, from after `cursor` on."""
         ...
 
     def delete(self, session_id: str, *, request: RequestKey | None = None) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -192,6 +194,21 @@ def test_a_verdict_of_a_newer_protocol_keeps_the_data():
 def test_a_read_reply_that_does_not_fit_is_not_believed(broken: object):
     with pytest.raises(ReplyUnreadable):
         decode_reads(broken, ["one", "two"])
+
+
+def test_integers_beyond_64_bits_are_the_floats_that_were_accepted():
+    big = [10**23, -(10**22), 2**64 - 1, -(2**63), 10**400, -(10**400), True, 1.5, "x", None]
+    row = {"id": "a", "ir": {"deep": [{"n": list(big)}], "n": 10**308}}
+    reply = {"reads": [[row]]}
+    [[found]] = decode_reads(reply, ["one"])
+    numbers = found["ir"]["deep"][0]["n"]
+    largest = sys.float_info.max
+    assert numbers == [1e23, -1e22, 2**64 - 1, -(2**63), largest, -largest, *big[6:]]
+    assert [type(n) for n in numbers[:4]] == [float, float, int, int]
+    assert orjson.loads(orjson.dumps(found)) == found
+    batch = batch_of(1)
+    [verdict] = decode_verdicts(batch, reply_for(batch, rows={"notes/a": {"n": 10**23}}))
+    assert repr(verdict.rows["notes/a"]["n"]) == "1e+23"
 
 
 # -- verdicts -----------------------------------------------------------------------------------

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from syncer.sessions import (
-    BufferedSessionStore,
     IRDraft,
     PromptRevision,
     PromptSession,
+    SessionStore,
 )
+
+OpenStore = Callable[[str], SessionStore]
+"""Opens a user's store: each call another object on the same rows."""
 
 ALICE, BOB = "github:42", "0d9e0c1e-6f0f-4d39-9d0e-000000000001"
 
@@ -21,7 +25,7 @@ def a_session(**metadata: Any) -> PromptSession:
     return session
 
 
-def got(store: BufferedSessionStore, session: PromptSession) -> PromptSession:
+def got(store: SessionStore, session: PromptSession) -> PromptSession:
     found = store.get(session.session_id)
     assert found is not None
     return found

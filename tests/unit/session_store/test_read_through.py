@@ -17,7 +17,6 @@ from syncer.sessions import (
     SESSION_TABLES,
     BufferedSessionStore,
     GuardedReads,
-    InvalidCursor,
     PromptSession,
     open_session_store,
 )
@@ -26,38 +25,6 @@ from tests.unit.session_server import ReadServer
 from tests.unit.session_store.support import ALICE, BOB, a_session, got
 
 # -- lists -----------------------------------------------------------------------------------------
-
-
-def test_lists_are_filtered_and_newest_first(sessions: BufferedSessionStore) -> None:
-    made = [a_session(n=number) for number in range(4)]
-    for session in made:
-        sessions.create(session)
-    made[1].finalize()
-    sessions.update(made[1])
-    assert sessions.list_all() == [made[3], made[2], made[1], made[0]]
-    assert sessions.list_active() == [made[3], made[2], made[0]]
-
-
-def test_pages_follow_each_other_without_gap_or_repetition(sessions: BufferedSessionStore) -> None:
-    made = [a_session(n=number) for number in range(7)]
-    for session in made:
-        sessions.create(session)
-    seen: list[PromptSession] = []
-    cursor = None
-    while True:
-        page = sessions.list_page("active", limit=3, cursor=cursor)
-        assert page.complete
-        seen += page.sessions
-        cursor = page.next
-        if cursor is None:
-            break
-    assert seen == made[::-1]
-
-
-@pytest.mark.parametrize("cursor", ["", "x", "é", "aGVsbG8", "!!!!", "fHw"])
-def test_a_made_up_cursor_is_refused(sessions: BufferedSessionStore, cursor: str) -> None:
-    with pytest.raises(InvalidCursor):
-        sessions.list_page(cursor=cursor)
 
 
 # -- reading through -------------------------------------------------------------------------------
