@@ -38,7 +38,7 @@ from syncer.sessions.row_store import RowSessionStore, Traces, canonical
 from syncer.sessions.store_api import RequestKey, SessionPage, SyncInfo, at_host
 from syncer.sessions.tables import SESSIONS
 
-WHOLE_TABLE_SHARE = 0.5  # from this share of the sessions on, one select per table beats many
+WHOLE_TABLE_MIN = 100  # from as many sessions on, one select per table beats one per session
 
 
 class BufferedSessionStore(RowSessionStore):
@@ -241,19 +241,26 @@ class BufferedSessionStore(RowSessionStore):
 
     def _assembled(self, page: list[Row], *, stale: bool) -> list[PromptSession]:
         """Build the page's sessions from the local copy, where all of them are by now."""
-        local = self._store.select(SESSIONS, user_id=self._user_id, limit=-1)
-        held = {row["id"]: row for row in local}
-        chosen = [held[row["id"]] for row in page if row["id"] in held]
-        grouped = rows_by_session(chosen, self._children(chosen, len(local)))
+        chosen, whole = self._held_of(page)
+        grouped = rows_by_session(chosen, self._children(chosen, whole))
         return [self._listed(rows, stale=stale) for rows in grouped]
+
+    def _held_of(self, page: list[Row]) -> tuple[list[Row], bool]:
+        """Return the page's sessions as they are held now; True when one select read them all."""
+        if len(page) >= WHOLE_TABLE_MIN:
+            local = self._store.select(SESSIONS, user_id=self._user_id, limit=-1)
+            held = {row["id"]: row for row in local}
+            return [held[row["id"]] for row in page if row["id"] in held], True
+        found = [self._store.get(SESSIONS, row["id"], user_id=self._user_id) for row in page]
+        return [row for row in found if row is not None], False
 
     def _listed(self, rows: SessionRows, *, stale: bool) -> PromptSession:
         is_clean = not any(row["_pending"] for _table, row in rows.all())
         return assemble(rows.session["id"], snapshot_of(rows, stale=stale and is_clean))
 
-    def _children(self, sessions: list[Row], held: int) -> dict[str, list[Row]]:
+    def _children(self, sessions: list[Row], whole: bool) -> dict[str, list[Row]]:
         found: dict[str, list[Row]] = {part.table: [] for part in PARTS}
-        if len(sessions) >= held * WHOLE_TABLE_SHARE:
+        if whole:
             for part in PARTS:
                 found[part.table] = self._store.select(part.table, user_id=self._user_id, limit=-1)
             return found
