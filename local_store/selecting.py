@@ -76,8 +76,9 @@ def _clean(
         clauses.append(clause)
         values.extend(bound)
     found = connection.execute(
-        f"SELECT r.id, r.user_id, r.body, r.base, r.version, {row_intact('r.')} FROM rows r"
-        f" INDEXED BY {index} WHERE {' AND '.join(clauses)} ORDER BY {_order(spec, order_by)} LIMIT ?",
+        f"SELECT r.id, r.user_id, r.body, r.base, r.version, {row_intact('r.')}"
+        f" FROM rows r INDEXED BY {index} WHERE {' AND '.join(clauses)}"
+        f" ORDER BY {_order(spec, order_by)} LIMIT ?",
         (*values, limit),
     ).fetchall()
     return [shown(spec, row[0], base_row(row[1:]), False) for row in found]

@@ -1,0 +1,55 @@
+"""The API as a process for benchmarks/api.py: on the buffer, or straight on Supabase.
+
+python -m benchmarks.api_server buffered|supabase
+"""
+
+from __future__ import annotations
+
+import sys
+
+import uvicorn
+
+from syncer.remote import SupabaseRemote
+from syncer.service.runtime import Runtime
+from syncer.service.server import set_up_logging_of
+from syncer.sessions import PromptSession, SupabaseSessionStore
+from syncer.sessions.store_api import SyncInfo
+from syncer.settings import Settings
+
+
+class DirectSessions(SupabaseSessionStore):
+    """The store without a buffer, with what the routes ask besides: all of it is the server's."""
+
+    last_receipt = None
+
+    def sync_info(self, session: PromptSession) -> SyncInfo:
+        """Return that nothing waits."""
+        return SyncInfo("synced", 0, "remote", stale=False)
+
+
+def main() -> None:
+    """Serve until a signal."""
+    settings = Settings.load()
+    set_up_logging_of(settings)
+    runtime = Runtime.start(settings)
+    if sys.argv[1] == "supabase":
+        remote, stores = SupabaseRemote.from_settings(settings), {}
+
+        def sessions_of(user_id: str) -> DirectSessions:
+            if user_id not in stores:
+                stores[user_id] = DirectSessions(remote, user_id)
+            return stores[user_id]
+
+        runtime.app.state.sessions_of = sessions_of
+    uvicorn.run(
+        runtime.app,
+        host=settings.host,
+        port=settings.port,
+        log_level="critical",
+        access_log=False,
+        log_config=None,
+    )
+
+
+if __name__ == "__main__":
+    main()
