@@ -206,8 +206,8 @@ class RowSessionStore(ABC):
         return self._found(session_id)
 
     def _remember(self, session: PromptSession, change: Change) -> None:
-        if change.snapshot is not None:
-            session._base = replace(copied(change.snapshot), stale=False)
+        assert change.snapshot is not None
+        session._base = replace(copied(change.snapshot), stale=False)
 
     def _check_author(self, session: PromptSession) -> None:
         owner = session.user_id

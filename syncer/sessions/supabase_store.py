@@ -182,7 +182,7 @@ def _took_effect(verdict: Verdict, ops: Sequence[WireOp]) -> bool:
             raise OutcomeUnknown(
                 "the ledger no longer remembers this transaction", hint="read, then repeat"
             )
-        case _:
+        case _:  # pragma: no cover - the type checker proves that nothing is left
             assert_never(verdict.kind)
 
 

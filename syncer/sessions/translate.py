@@ -122,22 +122,29 @@ def _remove(clause: dict[str, Any], hole_id: str) -> list[dict[str, Any]]:
 
 
 def _work_in(ir: IR, hole: dict[str, Any], text: str) -> None:
+    """Write the answer where its kind belongs, as far as the IR has that place."""
     kind = hole.get("kind")
-    if kind == "intent":
+    if kind == "effect":
+        _append(ir, "effects", {"description": text, "holes": []})
+    elif kind == "assertion":
+        _append(ir, "assertions", {"predicate": text, "rationale": None, "holes": []})
+    elif kind == "intent" and isinstance(ir.get("intent"), dict):
         said = ir["intent"].get("rationale")
         ir["intent"]["rationale"] = f"{said}\n{text}" if said else text
-    elif kind == "effect":
-        ir.setdefault("effects", []).append({"description": text, "holes": []})
-    elif kind == "assertion":
-        clause: dict[str, Any] = {"predicate": text, "rationale": None, "holes": []}
-        ir.setdefault("assertions", []).append(clause)
-    elif kind == "signature":
+    elif kind == "signature" and isinstance(ir.get("signature"), dict):
         _type_in(ir["signature"], hole["identifier"], text)
+
+
+def _append(ir: IR, name: str, clause: dict[str, Any]) -> None:
+    clauses = ir.setdefault(name, [])
+    if isinstance(clauses, list):
+        clauses.append(clause)
 
 
 def _type_in(signature: dict[str, Any], identifier: str, text: str) -> None:
     if identifier == "return_type":
         signature["returns"] = text
-    for parameter in signature.get("parameters") or []:
-        if f"{parameter.get('name')}_type" == identifier:
+    parameters = signature.get("parameters")
+    for parameter in parameters if isinstance(parameters, list) else []:
+        if isinstance(parameter, dict) and f"{parameter.get('name')}_type" == identifier:
             parameter["type_hint"] = text

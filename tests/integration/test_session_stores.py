@@ -33,7 +33,7 @@ class TestSupabaseSessionStore(SessionStoreConformance):
 
     @pytest.fixture
     def open_store(self, remote: SupabaseRemote) -> Iterator[OpenStore]:
-        yield lambda user_id: SupabaseSessionStore(remote, user_id)
+        yield lambda user_id, **more: SupabaseSessionStore(remote, user_id, **more)
         assert audit(remote).balanced
 
 
@@ -50,7 +50,9 @@ class TestBufferedSessionStore(SessionStoreConformance):
                 app.drain()
 
         app.store.on_write(deliver)
-        yield lambda user_id: BufferedSessionStore(app.store, user_id, app.remote, read_budget_s=10)
+        yield lambda user_id, **more: BufferedSessionStore(
+            app.store, user_id, app.remote, read_budget_s=10.0, **more
+        )
         app.drain()
         assert app.audit().balanced
 
@@ -59,4 +61,4 @@ class TestInMemorySessionStore(SessionStoreConformance):
     @pytest.fixture
     def open_store(self) -> OpenStore:
         rows = MemoryRows()
-        return lambda user_id: InMemorySessionStore(user_id, rows)
+        return lambda user_id, **more: InMemorySessionStore(user_id, rows, **more)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import psycopg
 import pytest
@@ -15,7 +14,6 @@ from syncer.errors import OutcomeUnknown, RemoteUnavailable, Throttled
 from syncer.remote import SupabaseRemote
 from syncer.sessions import (
     BufferedSessionStore,
-    ConcurrentModificationError,
     IRDraft,
     PromptRevision,
     PromptSession,
@@ -27,6 +25,7 @@ from syncer.sessions.direct_log import SEND_ATTEMPTS_MAX
 from syncer.sessions.tables import SESSION_TABLES
 from syncer.testkit import outage
 from syncer.testkit.faults import Cut
+from tests.unit.session_store.cases_races import Between
 from tests.unit.session_store.support import ALICE, BOB, a_session, got
 
 
@@ -158,56 +157,15 @@ def test_rows_are_their_authors_and_derived_columns_are_the_servers(remote, sql)
     ]
 
 
-def test_a_change_that_comes_between_reading_and_writing_is_merged_or_told(remote, sql):
-    other = SupabaseSessionStore(remote, ALICE)
-    session = a_session(key=1)
-    other.create(session)
-    between: list[Callable[[], object]] = []
-
-    def ids() -> str:
-        if between:
-            between.pop()()
-        return new_id()
-
-    store = SupabaseSessionStore(remote, ALICE, ids=ids)
-
-    def elsewhere(**metadata: Any) -> None:
-        found = got(other, session)
-        found.metadata.update(metadata)
-        other.update(found)
-
-    mine = got(store, session)
-    mine.metadata["mine"] = 1
-    between.append(lambda: elsewhere(theirs=1))
-    store.update(mine)
-    assert got(other, session).metadata == {"key": 1, "mine": 1, "theirs": 1}
-    mine.metadata["key"] = 2
-    between.append(lambda: elsewhere(key=3))
-    with pytest.raises(ConcurrentModificationError):
-        store.update(mine)
-    stale = got(store, session)
-    stale.revisions.append(PromptRevision(content="late", revision_type="manual_edit"))
-    between.append(lambda: other.delete(session.session_id))
-    with pytest.raises(SessionNotFound):
-        store.update(stale)
-    assert counts(sql)[:2] == (0, 0)
-
-
 def test_a_deletion_on_an_older_reading_is_made_again_and_records_what_it_did_not_know(remote, sql):
     other = SupabaseSessionStore(remote, ALICE)
     session = a_session()
     other.create(session)
-    between: list[Callable[[], object]] = []
-
-    def ids() -> str:
-        if between:
-            between.pop()()
-        return new_id()
-
-    store = SupabaseSessionStore(remote, ALICE, ids=ids)
+    between = Between()
+    store = SupabaseSessionStore(remote, ALICE, ids=between)
     late = got(other, session)
     late.revisions.append(PromptRevision(content="late", revision_type="manual_edit"))
-    between.append(lambda: other.update(late))
+    between.then = lambda: other.update(late)
     store.delete(session.session_id)
     assert counts(sql)[:2] == (0, 0)
     [(outcome, theirs)] = sql.execute("select outcome, theirs from sync.conflicts").fetchall()

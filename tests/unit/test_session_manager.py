@@ -11,17 +11,26 @@ import pytest
 
 from local_store import InvalidWrite, LocalStore
 from local_store.clock import new_id
+from syncer.core.batch import Batch
+from syncer.core.verdict import Verdict
 from syncer.sessions import (
     SESSION_TABLES,
     BufferedSessionStore,
+    ConcurrentModificationError,
     DraftNotFound,
     IdempotencyMismatch,
+    InMemorySessionStore,
+    MemoryRows,
     PromptSession,
     RequestKey,
     SessionNotFound,
+    SketchTranslator,
     SpecSessionManager,
+    SupabaseSessionStore,
 )
-from syncer.sessions.models import hole_ids
+from syncer.sessions.manager import CHANGE_ATTEMPTS_MAX
+from syncer.sessions.models import draft_of, hole_ids
+from tests.simulation.session_model import SessionModel
 
 USER = "github:42"
 PROMPT = "Create a function that adds two numbers"
@@ -304,4 +313,44 @@ async def test_a_repeated_creation_of_a_session_deleted_since_does_not_bring_it_
     session = await manager.create_from_prompt(PROMPT, request=key("k1"))
     await manager.delete_session(session.session_id)
     with pytest.raises(SessionNotFound):
+        await manager.create_from_prompt(PROMPT, request=key("k1"))
+
+
+async def test_a_change_that_never_meets_a_session_at_rest_ends_as_a_conflict() -> None:
+    rows = MemoryRows()
+    others = InMemorySessionStore(USER, rows)
+
+    class Meddling:
+        translate = SketchTranslator().translate
+        fills = 0
+
+        def fill(self, ir: dict[str, Any], hole_id: str, text: str, type: str) -> dict[str, Any]:
+            self.fills += 1
+            [session] = others.list_all()
+            session.add_draft(draft_of({"by": "another"}, 0))
+            others.update(session)
+            return ir
+
+    meddling = Meddling()
+    manager = SpecSessionManager(InMemorySessionStore(USER, rows), meddling)
+    session = await manager.create_from_prompt(PROMPT)
+    with pytest.raises(ConcurrentModificationError) as raised:
+        await manager.resolve_hole(session.session_id, "h", "x")
+    assert raised.value.fields == ("*",)
+    assert meddling.fills == CHANGE_ATTEMPTS_MAX
+    assert others.list_all()[0].pending_resolutions == []
+
+
+async def test_a_key_that_is_refused_and_then_not_known_is_a_mismatch_and_not_guessed_at() -> None:
+    class Forgetful(SessionModel):
+        """Refuses each write as repeated with other content, and knows of none when asked."""
+
+        def apply_batch(self, batch: Batch) -> tuple[Verdict, ...]:
+            asked = batch.transactions[0]
+            if asked.after:
+                return super().apply_batch(batch)
+            return (Verdict(asked.txn_id, "rejected", sqlstate="SYT01"),)
+
+    manager = SpecSessionManager(SupabaseSessionStore(Forgetful(), USER))
+    with pytest.raises(IdempotencyMismatch):
         await manager.create_from_prompt(PROMPT, request=key("k1"))

@@ -200,3 +200,44 @@ def test_filling_an_unknown_hole_changes_nothing() -> None:
     ir = SketchTranslator().translate("Count words")
     assert fill_hole(ir, "no such hole", "text") == ir
     assert fill_hole({"of": "another shape"}, "h", "text") == {"of": "another shape"}
+
+
+@pytest.mark.parametrize("kind", ["intent", "signature", "effect", "assertion", "another", None])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"intent": [], "signature": [], "effects": {}, "assertions": "none"},
+        {"intent": None, "signature": {"parameters": {"name": "h"}}, "effects": None},
+        {"intent": {}, "signature": {"parameters": ["h", {"name": "h"}]}, "effects": []},
+    ],
+)
+def test_filling_a_hole_of_an_ir_of_any_shape_takes_the_hole_and_breaks_nothing(
+    kind: str | None, shape: dict
+) -> None:
+    ir = {**shape, "clause": {"holes": [{"identifier": "h_type", "kind": kind}, "odd"]}}
+    filled = fill_hole(ir, "h_type", "the answer")
+    assert filled["clause"]["holes"] == ["odd"]
+    places = {
+        "intent": isinstance(shape.get("intent"), dict),
+        "signature": isinstance(dict(shape.get("signature") or {}).get("parameters"), list),
+        "effect": isinstance(shape.get("effects", []), list),
+        "assertion": isinstance(shape.get("assertions", []), list),
+    }
+    assert ("the answer" in str(filled)) == places.get(kind or "", False)
+
+
+def test_holes_without_an_identifier_are_no_holes() -> None:
+    assert hole_ids({"holes": [{"kind": "intent"}, {"identifier": 7}, None, "h", 5]}) == ["h"]
+
+
+def test_a_session_without_a_draft_has_no_holes() -> None:
+    assert PromptSession.create_new().get_unresolved_holes() == []
+
+
+def test_a_document_with_another_current_draft_keeps_it() -> None:
+    session = whole_session()
+    session.current_draft = IRDraft(version=9, ir={})
+    again = PromptSession.from_dict(session.to_dict())
+    assert again == session
+    assert again.current_draft not in again.ir_drafts

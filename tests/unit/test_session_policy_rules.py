@@ -10,10 +10,11 @@ import pytest
 
 from local_store import Row
 from local_store.clock import ManualClock
-from local_store.ops import StoredTransaction, WireOp, by_name
+from local_store.ops import RowConflict, StoredTransaction, WireOp, by_name
 from syncer.core.merge import merge
 from syncer.core.net_effect import policy_of
-from syncer.sessions.models import hole_ids
+from syncer.sessions.models import draft_of, hole_ids
+from syncer.sessions.policy import their_end
 from syncer.sessions.tables import session_tables
 from tests.simulation.session_model import SessionModel
 from tests.unit.test_session_policy import Container
@@ -46,6 +47,44 @@ def test_an_end_that_came_second_leaves_no_stamp_on_the_first() -> None:
     assert rewritten.ops == ()
     [record] = rewritten.records
     assert (record["columns"], record["outcome"]) == (["status"], "remote")
+
+
+def test_an_end_without_a_stamp_or_beside_other_changes_is_theirs_as_well() -> None:
+    child = WireOp("session_revisions", "insert", "r", {"content": "x"})
+    bare = WireOp("sessions", "update", "s", {"status": "finalized"})
+    stamped = WireOp("sessions", "update", "s", {"status": "finalized", "finalized_at": "then"})
+    theirs = session_row(status="abandoned")
+    for siblings, stamps in (((child, bare), {}), ((child, stamped), {1: {"finalized_at": None}})):
+        mine = dict(siblings[1].values)
+        conflict = RowConflict(
+            "sessions", "s", {"status": "active"}, mine, theirs, frozenset({"status"}), siblings
+        )
+        answer = their_end(conflict)
+        assert (answer.values, answer.siblings) == ({}, stamps)
+
+
+def test_going_back_to_an_older_draft_is_the_later_word_and_needs_nobody(tmp_path: Path) -> None:
+    clock, server = ManualClock(), SessionModel()
+    first, second = (Container(tmp_path / str(n), server, clock) for n in range(2))
+    session = asyncio.run(first.manager.create_from_reverse_mode({"n": 1}))
+    session.add_draft(draft_of({"n": 2}, 2))
+    first.sessions.update(session)
+    first.drain()
+    mine = second.sessions.get(session.session_id)
+    assert mine is not None
+    mine.current_draft = mine.ir_drafts[0]
+    second.sessions.update(mine)
+    session.add_draft(draft_of({"n": 3}, 3))
+    first.sessions.update(session)
+    for container in (first, second, first):
+        container.drain()
+    for container in (first, second):
+        found = container.sessions.get(session.session_id)
+        assert found is not None
+        assert [draft.ir for draft in found.ir_drafts] == [{"n": 1}, {"n": 2}, {"n": 3}]
+        assert found.current_draft is found.ir_drafts[0]
+        container.store.close()
+    assert server.parked == {}
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -87,6 +88,15 @@ class RefusalCases:
         del session.metadata["x"]
         sessions.update(session)
         assert got(sessions, session) == session
+
+    def test_a_value_that_only_equals_a_json_value_is_refused_too(
+        self, sessions: SessionStore
+    ) -> None:
+        session = a_session(n=1)
+        sessions.create(session)
+        session.metadata["n"] = Decimal(1)
+        with pytest.raises(InvalidWrite):
+            sessions.update(session)
 
     def test_a_taken_id_is_refused_for_everybody(
         self, sessions: SessionStore, open_store: OpenStore

@@ -12,8 +12,8 @@ from syncer.sessions import (
     SessionStore,
 )
 
-OpenStore = Callable[[str], SessionStore]
-"""Opens a user's store: each call another object on the same rows."""
+OpenStore = Callable[..., SessionStore]
+"""Opens a user's store: each call another object on the same rows; `ids` gives its fresh ids."""
 
 ALICE, BOB = "github:42", "0d9e0c1e-6f0f-4d39-9d0e-000000000001"
 
@@ -23,6 +23,10 @@ def a_session(**metadata: Any) -> PromptSession:
     session.add_revision(PromptRevision(content="Sort a list", revision_type="initial"))
     session.add_draft(IRDraft(version=1, ir={"a": [1, 2.5, None, {"b": "ü"}]}, ambiguities=["h"]))
     return session
+
+
+def a_revision(content: str) -> PromptRevision:
+    return PromptRevision(content=content, revision_type="manual_edit")
 
 
 def got(store: SessionStore, session: PromptSession) -> PromptSession:

@@ -13,11 +13,11 @@ from tests.unit.session_store.support import OpenStore
 class TestBufferedSessionStore(SessionStoreConformance):
     @pytest.fixture
     def open_store(self, local: LocalStore) -> OpenStore:
-        return lambda user_id: BufferedSessionStore(local, user_id)
+        return lambda user_id, **more: BufferedSessionStore(local, user_id, **more)
 
 
 class TestInMemorySessionStore(SessionStoreConformance):
     @pytest.fixture
     def open_store(self) -> OpenStore:
         rows = MemoryRows()
-        return lambda user_id: InMemorySessionStore(user_id, rows)
+        return lambda user_id, **more: InMemorySessionStore(user_id, rows, **more)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from local_store import BufferFull, LocalStore, StoreClosed, user_uuid
+from local_store import LocalStore, user_uuid
 from local_store.clock import ManualClock, new_id
 from local_store.ops import Outcome
 from syncer.errors import RemoteUnavailable, ReplyTimedOut
@@ -18,16 +18,9 @@ from syncer.sessions import (
     BufferedSessionStore,
     GuardedReads,
     PromptSession,
-    open_session_store,
 )
-from syncer.settings import Settings
 from tests.unit.session_server import ReadServer
 from tests.unit.session_store.support import ALICE, BOB, a_session, got
-
-# -- lists -----------------------------------------------------------------------------------------
-
-
-# -- reading through -------------------------------------------------------------------------------
 
 
 def delivered(
@@ -344,39 +337,22 @@ def test_children_come_in_the_order_of_acceptance_whatever_the_stamps_look_like(
     assert [r.content for r in found.revisions] == [stamps[2], stamps[1], stamps[0]]
 
 
-# -- the buffer's own limits -----------------------------------------------------------------------
-
-
-def test_a_full_buffer_refuses_writes_and_answers_reads(tmp_path: Path) -> None:
-    with LocalStore.open(tmp_path, tables=SESSION_TABLES, buffer_transactions_max=1) as store:
-        sessions = BufferedSessionStore(store, ALICE)
-        session = a_session()
-        sessions.create(session)
-        with pytest.raises(BufferFull):
-            sessions.create(a_session())
-        session.finalize()
-        with pytest.raises(BufferFull):
-            sessions.update(session)
-        assert got(sessions, session).status == "active"
-
-
-def test_opening_by_settings_starts_local_and_closes_the_buffer(tmp_path: Path) -> None:
-    settings = Settings(supabase_url=None, _env_file=None)  # type: ignore[call-arg]
+def test_without_a_server_the_local_copy_is_all_there_is_and_never_stale(
+    sessions: BufferedSessionStore, local: LocalStore, server: ReadServer
+) -> None:
     session = a_session()
-    with open_session_store(ALICE, tmp_path, settings) as store:
-        store.create(session)
-        assert store.get(new_id()) is None
-    with pytest.raises(StoreClosed):
-        store.get(session.session_id)
-    with open_session_store(ALICE, str(tmp_path), settings) as store:
-        assert store.get(session.session_id) == session
+    sessions.create(session)
+    server.deliver(local)
+    info = sessions.sync_info(got(sessions, session))
+    assert (info.state, info.durability, info.stale) == ("synced", "remote", False)
 
 
-def test_a_project_that_is_switched_off_leaves_foreign_ids_unknown(tmp_path: Path) -> None:
-    settings = Settings(supabase_url="https://x.supabase.co", use_supabase=False)
-    with open_session_store(ALICE, tmp_path, settings) as store:
-        session = a_session()
-        store.create(session)
-        assert store.get(session.session_id) == session
-        with pytest.raises(RemoteUnavailable):
-            store.get(new_id())
+def test_a_list_shows_ones_own_pending_change_and_not_the_servers_older_row(
+    through: BufferedSessionStore, local: LocalStore, server: ReadServer
+) -> None:
+    session = delivered(through, local, server)
+    session.finalize()
+    through.update(session)
+    assert through.list_all() == [session]
+    assert through.list_active() == []
+    assert not through.sync_info(through.list_all()[0]).stale
