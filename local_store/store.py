@@ -225,14 +225,18 @@ class LocalStore(Delivery, Sealing):
         where: Mapping[str, Any] | None = None,
         order_by: str | None = None,
         limit: int = 100,
+        columns: Sequence[str] | None = None,
     ) -> list[Row]:
-        """Return this user's rows that equal `where`, at most `limit`.
+        """Return this user's rows that equal `where`, at most `limit` (-1: all).
 
-        `order_by` is a column, descending with a leading minus; ties go by id.
+        A list in `where` stands for any of its values. `order_by` is a column, descending with a
+        leading minus; ties go by id. With `columns`, rows carry these, key, version and marks only.
         """
-        spec, author = self._spec(table), user_uuid(user_id)
+        spec, author, asked = self._spec(table), user_uuid(user_id), where or {}
         return self._file.read(
-            lambda c: selecting.select(c, self._tables, spec, author, where or {}, order_by, limit)
+            lambda c: selecting.select(
+                c, self._tables, spec, author, asked, order_by, limit, columns
+            )
         )
 
     def is_held(self, table: str, id: str, *, user_id: str) -> bool:

@@ -1,8 +1,24 @@
 -- 010 Reading as a user, the audit, and pruning: what workers and the API ask besides writing.
 --
 -- sync_read_v1 runs under the user's role and claims, so row-level security decides what is seen,
--- also when the user's own token has long expired. sync_audit_v1 tells what is remembered of each
+-- also when the user's own token has long expired. A read: {table, where, order_by, descending,
+-- limit, columns, after}; in `where` an array stands for any of its values, `after` names the order
+-- column and the key of the row that the answer begins behind. sync_audit_v1 tells what is remembered of each
 -- log's positions. sync_prune_v1 forgets old final transactions and raises the floor over them.
+
+-- Return a column's type, as a cast names it; an unknown column fails where it is compared.
+create or replace function sync.type_of(p_table sync.tables, p_column text) returns text
+language sql stable set search_path = '' as $$
+  select coalesce((select format_type(a.atttypid, a.atttypmod) from pg_catalog.pg_attribute a
+    where a.attname = p_column
+      and a.attrelid = format('%I.%I', p_table.schema_name, p_table.name)::regclass), 'text')
+$$;
+
+-- Return the expression of a value that the read $1 carries for a column.
+create or replace function sync.given(p_table sync.tables, p_part text, p_column text) returns text
+language sql stable set search_path = '' as $$
+  select format('($1 #>> %L)::%s', array[p_part, p_column], sync.type_of(p_table, p_column))
+$$;
 
 create or replace function public.sync_read_v1(p jsonb) returns jsonb
 language plpgsql security invoker
@@ -12,6 +28,10 @@ declare
   v_read jsonb;
   v_table sync.tables;
   v_where text;
+  v_columns text;
+  v_key text;
+  v_order text;
+  v_way text;
   v_queries text[] := '{}';
   v_query text;
   v_rows jsonb;
@@ -28,19 +48,29 @@ begin
       perform sync.protocol_error('a read names a table that is not registered');
     end if;
     -- Not IS NOT DISTINCT FROM, which covers null too but can't use an index.
-    select coalesce(string_agg(
-        case when jsonb_typeof(w.value) = 'null' then format('t.%I is null', w.key)
-          else format('t.%1$I = (f).%1$I', w.key) end, ' and '), 'true')
+    select coalesce(string_agg(case jsonb_typeof(w.value)
+        when 'null' then format('t.%I is null', w.key)
+        when 'array' then format(
+          't.%1$I = any (array(select e::%2$s from jsonb_array_elements_text($1 #> %3$L) e))',
+          w.key, sync.type_of(v_table, w.key), array['where', w.key])
+        else format('t.%1$I = %2$s', w.key, sync.given(v_table, 'where', w.key)) end,
+        ' and '), 'true')
       into v_where from jsonb_each(coalesce(v_read -> 'where', '{}')) w;
+    select coalesce(string_agg(format('t.%I', c), ', '), 't.*') into v_columns
+      from jsonb_array_elements_text(nullif(v_read -> 'columns', 'null')) c;
+    v_key := v_table.key_column;
+    v_order := coalesce(v_read ->> 'order_by', v_key);
+    v_way := case when (v_read ->> 'descending')::boolean then 'desc' else 'asc' end;
+    if jsonb_typeof(v_read -> 'after') = 'object' then
+      v_where := v_where || format(' and (t.%I, t.%I) %s (%s, %s)', v_order, v_key,
+        case v_way when 'desc' then '<' else '>' end,
+        sync.given(v_table, 'after', v_order), sync.given(v_table, 'after', v_key));
+    end if;
     v_queries := v_queries || format(
-      'select coalesce(jsonb_agg(to_jsonb(x)), ''[]'') from (select t.* from %1$I.%2$I t,'
-      ' jsonb_populate_record(null::%1$I.%2$I, $1 -> ''where'') f where %3$s order by %4$s'
+      'select coalesce(jsonb_agg(to_jsonb(x)), ''[]'') from (select %s from %I.%I t where %s'
+      ' order by t.%I %7$s, t.%6$I %7$s'
       ' limit least(coalesce(($1 ->> ''limit'')::int, 1000), 1000)) x',  -- hosted max_rows
-      v_table.schema_name, v_table.name, v_where,
-      case when v_read ->> 'order_by' is null then format('t.%I', v_table.key_column)
-        else format('t.%1$I %2$s, t.%3$I %2$s', v_read ->> 'order_by',
-          case when (v_read ->> 'descending')::boolean then 'desc' else 'asc' end,
-          v_table.key_column) end);
+      v_columns, v_table.schema_name, v_table.name, v_where, v_order, v_key, v_way);
   end loop;
 
   perform sync.enter(v_user, null);

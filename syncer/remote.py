@@ -35,13 +35,20 @@ OnCall = Callable[[str, float, SyncError | None], None]
 
 @dataclass(frozen=True, slots=True)
 class TableRead:
-    """One table read under the author's row-level security; `where` compares for equality."""
+    """One table read under the author's row-level security.
+
+    `where` compares for equality, a list stands for any of its values. Rows come by `order_by`,
+    ties by key, from behind `after`, which holds the order column and the key of a row; `columns`
+    None means all.
+    """
 
     table: str
     where: Row
     order_by: str | None = None
     descending: bool = False
     limit: int = 1_000  # the hosted max_rows; the RPC caps it there too
+    columns: Sequence[str] | None = None
+    after: Row | None = None
 
 
 SeqRange = tuple[str, int, int]
@@ -132,6 +139,8 @@ class SupabaseRemote:
                 "order_by": read.order_by,
                 "descending": read.descending,
                 "limit": read.limit,
+                "columns": read.columns,
+                "after": read.after,
             }
             for read in reads
         ]

@@ -26,7 +26,7 @@ from syncer.service.http_errors import reply_to, request_id_of
 from syncer.service.log_setup import where
 from syncer.service.metrics import Metrics
 from syncer.sessions import BufferedSessionStore, GuardedReads, SketchTranslator, Translator
-from syncer.sessions.read_through import Reads
+from syncer.sessions.server_reads import Reads
 from syncer.settings import Settings
 
 T = TypeVar("T")

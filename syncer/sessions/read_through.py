@@ -9,29 +9,32 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from local_store import LocalStore, Row, user_uuid
 from local_store.clock import Clock, SystemClock
 from syncer.core.breaker import Breaker
 from syncer.errors import RemoteUnavailable, SyncError
 from syncer.remote import TableRead
-from syncer.sessions.aggregate import PARTS
+from syncer.sessions.aggregate import PARTS, SessionRows
+from syncer.sessions.cursor import Position
+from syncer.sessions.models import SessionStatus
+from syncer.sessions.server_reads import (
+    LISTED,
+    Ask,
+    Reads,
+    Stretch,
+    Versions,
+    as_stretch,
+    page_of,
+    stretch_of,
+    told_versions,
+    versions_of,
+    whole_sessions,
+)
 from syncer.sessions.tables import SESSIONS
 
-ROWS_MAX = 1_000  # one read returns no more; the hosted API caps there too
-SESSIONS_PER_READ = 100  # three reads each: a few hundred small selects in one call
 _DERIVED = ("current_ir",)  # repeats a draft's content; not worth keeping twice
-
-
-class Reads(Protocol):
-    """The part of a Remote that reads."""
-
-    def read(
-        self, user_id: str, reads: Sequence[TableRead], *, timeout_s: float | None = None
-    ) -> list[list[Row]]:
-        """Read tables as `user_id`; one list of rows per read. Raises SyncError."""
-        ...
 
 
 class GuardedReads:
@@ -101,13 +104,15 @@ class GuardedReads:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The server's session rows of one user, newest first; `is_whole` when these are all.
+    """A stretch of the user's list as the server has it, without the sessions' children.
 
-    `as_of` is the local change counter before the question, `end` when the budget is spent.
+    `versions` are those of the sessions that were guessed to be in it. `as_of` is the local change
+    counter before the question, `end` when the budget is spent.
     """
 
-    rows: list[Row]
-    is_whole: bool
+    stretch: Stretch
+    guessed: Sequence[str]
+    versions: Versions
     as_of: int
     end: float
 
@@ -130,124 +135,117 @@ class ReadThrough:
         Raises RemoteUnavailable when the server can't be asked in time.
         """
         as_of = self._store.change_counter()
-        sessions, *children = self._ask(whole_session(session_id), self._budget_s)
-        tables = {part.table: rows for part, rows in zip(PARTS, children, strict=True)}
-        check_whole(children)
-        self._take(sessions, [session_id], tables, as_of)
+        found = whole_sessions(self._asking(self._clock.monotonic() + self._budget_s), [session_id])
+        self._take(found, [session_id], as_of)
 
-    def listed(self) -> Listing:
-        """Ask for the user's newest session rows, without their children and changing nothing.
+    def listed(
+        self,
+        status: SessionStatus | None,
+        limit: int | None,
+        after: Position | None,
+        guessed: Sequence[str],
+    ) -> Listing:
+        """Ask for a page of the list and for the versions of the sessions guessed to be on it.
 
-        Raises RemoteUnavailable as `session` does.
+        Changes nothing here. Raises RemoteUnavailable as `session` does.
         """
         as_of = self._store.change_counter()
         end = self._clock.monotonic() + self._budget_s
-        [rows] = self._ask([newest_sessions({})], self._budget_s)
-        return Listing(rows, len(rows) < ROWS_MAX, as_of, end)
+        ask = self._asking(end)
+        if limit is None:
+            stretch = stretch_of(ask, status, None, after, LISTED)
+            answers = [rows for reads in versions_of(guessed) for rows in ask(reads)]
+        else:
+            chunks = versions_of(guessed)
+            reads = [page_of(status, limit, after, LISTED), *(r for chunk in chunks for r in chunk)]
+            rows, *answers = ask(reads)
+            stretch = as_stretch(rows, limit)
+        return Listing(stretch, guessed, told_versions(ask, guessed, answers), as_of, end)
 
     def take(self, listing: Listing, session_ids: Sequence[str]) -> None:
-        """Refresh some of the listed sessions, and drop what the server no longer has.
+        """Refresh those of the sessions that the server has otherwise, drop those it hasn't.
 
         Spends what is left of the listing's budget. Raises RemoteUnavailable.
         """
-        tables: dict[str, list[Row]] = {part.table: [] for part in PARTS}
-        for start in range(0, len(session_ids), SESSIONS_PER_READ):
-            ids = session_ids[start : start + SESSIONS_PER_READ]
-            reads = [read for session_id in ids for read in children_of(session_id)]
-            found = self._ask(reads, max(0.001, listing.end - self._clock.monotonic()))
-            check_whole(found)
-            for asked, rows in zip(reads, found, strict=True):
-                tables[asked.table] += rows
-        wanted, known = set(session_ids), {str(row["id"]) for row in listing.rows}
-        rows = [row for row in listing.rows if str(row["id"]) in wanted]
-        missing = [i for i in self._clean_sessions() if i not in known] if listing.is_whole else []
-        gone = [session_id for session_id in missing if self._is_clean(session_id)]
-        self._take(rows, [*session_ids, *gone], tables, listing.as_of)
+        here = self._versions(session_ids)
+        guessed = set(listing.guessed)
+        differing = [
+            row_id
+            for row_id in session_ids
+            if row_id not in guessed or here.get(row_id) != listing.versions.get(row_id)
+        ]
+        if differing:
+            found = whole_sessions(self._asking(listing.end), differing)
+            self._take(found, differing, listing.as_of)
 
-    def _ask(self, reads: Sequence[TableRead], timeout_s: float) -> list[list[Row]]:
-        try:
-            return self._remote.read(self._user_id, reads, timeout_s=timeout_s)
-        except RemoteUnavailable:
-            raise
-        except SyncError as error:
-            # Whatever kept it from answering, the row is unknown and not absent.
-            raise RemoteUnavailable(
-                f"Supabase didn't answer a read ({type(error).__name__})", hint="try again later"
-            ) from error
+    def _asking(self, end: float) -> Ask:
+        """Return the way to ask until the budget is spent."""
 
-    def _take(
-        self,
-        sessions: Sequence[Row],
-        asked: Sequence[str],
-        children: dict[str, list[Row]],
-        as_of: int,
-    ) -> None:
-        for table, rows in children.items():
-            vanished = [i for i in asked if self._lacks(table, "session_id", i, rows)]
-            self._refresh(table, rows, "session_id", vanished, as_of)
-        present = {str(row["id"]) for row in sessions}
-        slim = [{k: v for k, v in row.items() if k not in _DERIVED} for row in sessions]
-        self._refresh(SESSIONS, slim, "id", [i for i in asked if i not in present], as_of)
+        def ask(reads: Sequence[TableRead]) -> list[list[Row]]:
+            left = max(0.001, end - self._clock.monotonic())
+            try:
+                return self._remote.read(self._user_id, reads, timeout_s=left)
+            except RemoteUnavailable:
+                raise
+            except SyncError as error:
+                # Whatever kept it from answering, the row is unknown and not absent.
+                raise RemoteUnavailable(
+                    f"Supabase didn't answer a read ({type(error).__name__})",
+                    hint="try again later",
+                ) from error
+
+        return ask
+
+    def _take(self, found: Sequence[SessionRows], asked: Sequence[str], as_of: int) -> None:
+        """Take sessions as the server has them; what was asked for and isn't found is gone."""
+        here = self._versions(asked)
+        for part in PARTS:
+            rows = [row for session in found for row in session.children[part.table]]
+            self._refresh(part.table, rows, "session_id", asked, here, as_of)
+        slim = [{k: v for k, v in s.session.items() if k not in _DERIVED} for s in found]
+        self._refresh(SESSIONS, slim, "id", asked, here, as_of)
 
     def _refresh(
-        self, table: str, rows: list[Row], column: str, vanished: Sequence[str], as_of: int
+        self,
+        table: str,
+        rows: list[Row],
+        column: str,
+        asked: Sequence[str],
+        here: Versions,
+        as_of: int,
     ) -> None:
         """Take what differs; most reads bring nothing new and must not cost an fsync."""
-        news = [row for row in rows if self._is_news(table, row)]
+        there = {str(row["id"]): str(row["updated_at"]) for row in rows}
+        mine = {
+            row_id: (session_id, version)
+            for session_id, versions in here.items()
+            for kind, row_id, version in versions
+            if kind == table
+        }
+        lacking = {session_id for row_id, (session_id, _) in mine.items() if row_id not in there}
+        news = [row for row in rows if mine.get(str(row["id"]), ("", ""))[1] != row["updated_at"]]
+        if lacking:
+            kept = [row for row in rows if str(row[column]) in lacking]
+            where: dict[str, Any] = {column: [i for i in asked if i in lacking]}
+            self._store.refresh(table, kept, user_id=self._user_id, as_of=as_of, where=where)
         if news:
             # Equality with a row that is present drops nothing.
-            where: dict[str, Any] = {"id": news[0]["id"]}
+            where = {"id": news[0]["id"]}
             self._store.refresh(table, news, user_id=self._user_id, as_of=as_of, where=where)
-        for value in vanished:
-            kept = [row for row in rows if str(row.get(column)) == value]
-            self._store.refresh(
-                table, kept, user_id=self._user_id, as_of=as_of, where={column: value}
+
+    def _versions(self, session_ids: Sequence[str]) -> Versions:
+        """Return the versions of what is held here of these sessions."""
+        ids = list(session_ids)
+        found: dict[str, set[tuple[str, str, str]]] = {}
+        for table, column in ((SESSIONS, "id"), *((part.table, "session_id") for part in PARTS)):
+            rows = self._store.select(
+                table,
+                user_id=self._user_id,
+                where={column: ids},
+                limit=-1,
+                columns=() if column == "id" else (column,),
             )
-
-    def _is_news(self, table: str, row: Row) -> bool:
-        here = self._store.get(table, str(row["id"]), user_id=self._user_id)
-        return here is None or here["updated_at"] != row["updated_at"]
-
-    def _lacks(self, table: str, column: str, value: str, rows: Sequence[Row]) -> bool:
-        """Tell whether a row is held here that the server's answer doesn't have."""
-        there = {str(row["id"]) for row in rows}
-        here = self._store.select(table, user_id=self._user_id, where={column: value}, limit=-1)
-        return any(row["id"] not in there for row in here)
-
-    def _clean_sessions(self) -> list[str]:
-        rows = self._store.select(SESSIONS, user_id=self._user_id, limit=-1)
-        return [row["id"] for row in rows if not row["_pending"]]
-
-    def _is_clean(self, session_id: str) -> bool:
-        return not self._store.transactions_of(SESSIONS, session_id, user_id=self._user_id)
-
-
-def newest_sessions(where: Row) -> TableRead:
-    """Return the read of the newest session rows that equal `where`."""
-    return TableRead(SESSIONS, where, order_by="created_at", descending=True, limit=ROWS_MAX)
-
-
-def whole_session(session_id: str) -> list[TableRead]:
-    """Return the reads of one session: its row, then its children by part.
-
-    In this order, so that a draft that the session names is among the drafts read after it.
-    """
-    return [TableRead(SESSIONS, {"id": session_id}, limit=1), *children_of(session_id)]
-
-
-def children_of(session_id: str) -> list[TableRead]:
-    """Return the reads of a session's children, one per part."""
-    return [
-        TableRead(part.table, {"session_id": session_id}, order_by="created_at", limit=ROWS_MAX)
-        for part in PARTS
-    ]
-
-
-def check_whole(children: Sequence[Sequence[Row]]) -> None:
-    """Raise RemoteUnavailable for a list of children that may have been cut."""
-    if any(len(rows) >= ROWS_MAX for rows in children):
-        # A cut list would look as if the rest had been deleted.
-        raise RemoteUnavailable(
-            f"a session has {ROWS_MAX} children or more, which one read can't return",
-            hint="it is readable where it was written",
-        )
+            for row in rows:
+                entry = (table, str(row["id"]), str(row["updated_at"]))
+                found.setdefault(str(row[column]), set()).add(entry)
+        return {row_id: frozenset(versions) for row_id, versions in found.items()}

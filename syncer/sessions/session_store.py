@@ -33,12 +33,11 @@ from syncer.sessions.aggregate import (
 )
 from syncer.sessions.cursor import Page, Position, after_cursor, cut
 from syncer.sessions.models import PromptSession, SessionStatus
-from syncer.sessions.read_through import Reads, ReadThrough
+from syncer.sessions.read_through import ReadThrough
 from syncer.sessions.row_store import RowSessionStore, Traces, canonical
+from syncer.sessions.server_reads import Reads, Stretch
 from syncer.sessions.store_api import RequestKey, SessionPage, SyncInfo, at_host
 from syncer.sessions.tables import SESSIONS
-
-WHOLE_TABLE_MIN = 100  # from as many sessions on, one select per table beats one per session
 
 
 class BufferedSessionStore(RowSessionStore):
@@ -204,69 +203,59 @@ class BufferedSessionStore(RowSessionStore):
         self, status: SessionStatus | None, limit: int | None, cursor: str | None
     ) -> SessionPage:
         after = after_cursor(cursor)
-        fresh = complete = self._through is None
-        page = None
+        local = self._store.select(
+            SESSIONS, user_id=self._user_id, limit=-1, columns=("created_at", "status")
+        )
+        page = cut(local, status, limit, after)
+        asked = self._through is None
         if self._through is not None and self._remote_usable():
             try:
-                listing = self._through.listed()
-                page = self._page(listing.rows, status, limit, after)
-                known = {str(row["id"]) for row in listing.rows}
-                ids = [row["id"] for row in page.rows]
-                self._through.take(listing, [i for i in ids if i in known and self._is_clean(i)])
-                fresh, complete = True, listing.is_whole
+                guessed = [row["id"] for row in page.rows if not row["_pending"]]
+                listing = self._through.listed(status, limit, after, guessed)
+                joined = self._joined(local, listing.stretch, status, limit, after)
+                ids = [row["id"] for row in joined.rows]
+                self._through.take(listing, [row_id for row_id in ids if self._is_clean(row_id)])
+                page, asked = joined, True
             except (RemoteUnavailable, LocalStoreError):
-                page = None
-        if page is None:
-            page = self._page([], status, limit, after)
-        return SessionPage(self._assembled(page.rows, stale=not fresh), complete, page.next)
+                pass
+        ids = [row["id"] for row in page.rows]
+        return SessionPage(self._sessions(ids, status, stale=not asked), asked, page.next)
 
-    def _page(
+    def _joined(
         self,
-        listed: list[Row],
+        local: Sequence[Row],
+        there: Stretch,
         status: SessionStatus | None,
         limit: int | None,
         after: Position | None,
     ) -> Page:
         """Cut the page out of the server's rows and the local ones; pending changes win."""
-        local = self._store.select(SESSIONS, user_id=self._user_id, limit=-1)
         merged = {row["id"]: row for row in local}
-        for row in listed:
+        for row in there.rows:
             row_id = str(row["id"])
             known = merged.get(row_id)
             if known is None and self._is_held(row_id):
                 continue  # deleted here
             if known is None or not known["_pending"]:
                 merged[row_id] = row
-        return cut(list(merged.values()), status, limit, after)
+        known_to = there.rows[-1] if there.more else None
+        return cut(merged.values(), status, limit, after, known_to)
 
-    def _assembled(self, page: list[Row], *, stale: bool) -> list[PromptSession]:
-        """Build the page's sessions from the local copy, where all of them are by now."""
-        chosen, whole = self._held_of(page)
-        grouped = rows_by_session(chosen, self._children(chosen, whole))
-        return [self._listed(rows, stale=stale) for rows in grouped]
+    def _sessions(
+        self, ids: Sequence[str], status: SessionStatus | None, *, stale: bool
+    ) -> list[PromptSession]:
+        """Build sessions from the local copy, where all of them are by now; in the order asked."""
 
-    def _held_of(self, page: list[Row]) -> tuple[list[Row], bool]:
-        """Return the page's sessions as they are held now; True when one select read them all."""
-        if len(page) >= WHOLE_TABLE_MIN:
-            local = self._store.select(SESSIONS, user_id=self._user_id, limit=-1)
-            held = {row["id"]: row for row in local}
-            return [held[row["id"]] for row in page if row["id"] in held], True
-        found = [self._store.get(SESSIONS, row["id"], user_id=self._user_id) for row in page]
-        return [row for row in found if row is not None], False
+        def held(table: str, column: str) -> list[Row]:
+            where = {column: list(ids)}
+            return self._store.select(table, user_id=self._user_id, where=where, limit=-1)
+
+        sessions = {row["id"]: row for row in held(SESSIONS, "id")}
+        chosen = [sessions[row_id] for row_id in ids if row_id in sessions]
+        chosen = [row for row in chosen if status in (None, row["status"])]
+        children = {part.table: held(part.table, "session_id") for part in PARTS}
+        return [self._listed(rows, stale=stale) for rows in rows_by_session(chosen, children)]
 
     def _listed(self, rows: SessionRows, *, stale: bool) -> PromptSession:
         is_clean = not any(row["_pending"] for _table, row in rows.all())
         return assemble(rows.session["id"], snapshot_of(rows, stale=stale and is_clean))
-
-    def _children(self, sessions: list[Row], whole: bool) -> dict[str, list[Row]]:
-        found: dict[str, list[Row]] = {part.table: [] for part in PARTS}
-        if whole:
-            for part in PARTS:
-                found[part.table] = self._store.select(part.table, user_id=self._user_id, limit=-1)
-            return found
-        for part in PARTS:
-            for row in sessions:
-                where = {"session_id": row["id"]}
-                rows = self._store.select(part.table, user_id=self._user_id, where=where, limit=-1)
-                found[part.table] += rows
-        return found

@@ -12,25 +12,19 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import assert_never
 
-from local_store import InvalidWrite, Op, TransactionIdReused, user_uuid
+from local_store import InvalidWrite, Op, Row, TransactionIdReused, user_uuid
 from local_store.clock import Clock, new_id
 from local_store.door import DoorLimits, accept
 from local_store.ops import PendingTransaction, WireOp, by_name
 from syncer.core.verdict import Verdict
 from syncer.errors import OutcomeUnknown, ProtocolMismatch, Refused, Throttled
-from syncer.remote import Remote
-from syncer.sessions.aggregate import PARTS, SessionRows, assemble, snapshot_of
-from syncer.sessions.cursor import after_cursor, cut
+from syncer.remote import Remote, TableRead
+from syncer.sessions.aggregate import SessionRows, assemble, snapshot_of
+from syncer.sessions.cursor import after_cursor, cursor_of
 from syncer.sessions.direct_log import DirectLog
 from syncer.sessions.models import SessionStatus
-from syncer.sessions.read_through import (
-    ROWS_MAX,
-    SESSIONS_PER_READ,
-    check_whole,
-    newest_sessions,
-    whole_session,
-)
 from syncer.sessions.row_store import RowSessionStore, Traces
+from syncer.sessions.server_reads import stretch_of, whole_sessions
 from syncer.sessions.store_api import RequestKey, SessionPage
 from syncer.sessions.tables import SESSION_TABLES, SESSIONS
 
@@ -71,7 +65,7 @@ class SupabaseSessionStore(RowSessionStore):
     # -- what the base asks for -------------------------------------------------------------------
 
     def _found(self, session_id: str) -> SessionRows | None:
-        return next(iter(self._read([session_id])), None)
+        return next(iter(whole_sessions(self._ask, [session_id])), None)
 
     def _commit(
         self, ops: Sequence[Op], current: SessionRows | None, request: RequestKey | None
@@ -95,32 +89,18 @@ class SupabaseSessionStore(RowSessionStore):
     def _list(
         self, status: SessionStatus | None, limit: int | None, cursor: str | None
     ) -> SessionPage:
-        after = after_cursor(cursor)
-        [rows] = self._remote.read(
-            self._author, [newest_sessions({} if status is None else {"status": status})]
-        )
-        page = cut(rows, status, limit, after)
+        found = stretch_of(self._ask, status, limit, after_cursor(cursor), ("id", "created_at"))
         sessions = [
-            assemble(found.session["id"], snapshot_of(found))
-            for found in self._read([row["id"] for row in page.rows])
+            assemble(rows.session["id"], snapshot_of(rows))
+            for rows in whole_sessions(self._ask, [row["id"] for row in found.rows])
+            if status in (None, rows.session["status"])
         ]
-        return SessionPage(sessions, len(rows) < ROWS_MAX, page.next)
+        return SessionPage(sessions, True, cursor_of(found.rows[-1]) if found.more else None)
 
     # -- the server -------------------------------------------------------------------------------
 
-    def _read(self, session_ids: Sequence[str]) -> list[SessionRows]:
-        """Read whole sessions, in the order asked; those that aren't there are left out."""
-        found = []
-        width = 1 + len(PARTS)
-        for start in range(0, len(session_ids), SESSIONS_PER_READ):
-            ids = session_ids[start : start + SESSIONS_PER_READ]
-            answers = self._remote.read(self._author, [r for i in ids for r in whole_session(i)])
-            for first in range(0, len(answers), width):
-                sessions, *children = answers[first : first + width]
-                check_whole(children)
-                tables = {part.table: rows for part, rows in zip(PARTS, children, strict=True)}
-                found += [SessionRows(row, tables) for row in sessions]
-        return found
+    def _ask(self, reads: Sequence[TableRead]) -> list[list[Row]]:
+        return self._remote.read(self._author, reads)
 
     def _transaction(
         self,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from local_store.ops import Row, TableSpec
+from syncer.remote import TableRead
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 Key = tuple[str, str]
@@ -30,6 +31,33 @@ class Refusal(Exception):
     ) -> None:
         super().__init__(verdict)
         self.item = {"verdict": verdict, "op": op, "sqlstate": sqlstate, **more}
+
+
+def answered(rows: Iterable[Row], read: TableRead, key: str = "id") -> list[Row]:
+    """Answer a read from all the rows of its user, as `sync_read_v1` does."""
+    order = read.order_by or key
+
+    def place(row: Row) -> tuple[Any, str]:
+        value = row.get(order, START.isoformat() if order.endswith("_at") else None)
+        return (datetime.fromisoformat(value) if order.endswith("_at") else value), row[key]
+
+    found = [
+        row
+        for row in rows
+        if all(
+            row.get(column) in value if isinstance(value, list) else row.get(column) == value
+            for column, value in read.where.items()
+        )
+    ]
+    found.sort(key=place, reverse=read.descending)
+    if read.after is not None:
+        end = place(read.after)
+        found = [
+            row for row in found if (place(row) < end if read.descending else place(row) > end)
+        ]
+    if read.columns is not None:
+        found = [{column: row.get(column) for column in read.columns} for row in found]
+    return found[: read.limit]
 
 
 @dataclass(slots=True)

@@ -29,7 +29,7 @@ from syncer.core.wire import (
 )
 from syncer.errors import ProtocolMismatch, SyncError
 from syncer.remote import SeqRange, TableRead
-from tests.simulation.model_rows import Key, ModelRows, Refusal, ServerRow
+from tests.simulation.model_rows import Key, ModelRows, Refusal, ServerRow, answered
 
 NEVER = object()
 """The base of a row that only a parked insert would have made."""
@@ -106,13 +106,15 @@ class RemoteModel(ModelRows):
         """Read as the user: other users' rows are absent."""
         self.before_call()
         return [
-            [
-                self._shown(key, row)
-                for key, row in sorted(self.rows.items())
-                if key[0] == read.table
-                and row.user_id == user_id
-                and read.where.items() <= self._shown(key, row).items()
-            ][: read.limit]
+            answered(
+                (
+                    self._shown(key, row)
+                    for key, row in sorted(self.rows.items())
+                    if key[0] == read.table and row.user_id == user_id
+                ),
+                read,
+                self.tables[read.table].key,
+            )
             for read in reads
         ]
 

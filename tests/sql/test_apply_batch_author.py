@@ -96,6 +96,51 @@ def test_a_version_read_is_a_base_that_fits(db, user):
     assert row["updated_at"] == verdict["versions"][f"sessions/{row_id}"]
 
 
+def read(db, user, table, where, **how):
+    [rows] = db.call(
+        "sync_read_v1", {"user_id": user, "reads": [{"table": table, "where": where, **how}]}
+    )["reads"]
+    return rows
+
+
+def test_a_read_takes_any_of_several_values_and_some_columns(db, user, stranger):
+    ids = [db.session(user) for _ in range(3)]
+    foreign = db.session(stranger)
+    rows = read(db, user, "sessions", {"id": [ids[0], ids[2], foreign]}, columns=["id", "status"])
+    assert sorted(row["id"] for row in rows) == sorted([ids[0], ids[2]])
+    assert {tuple(row) for row in rows} == {("id", "status")}
+    assert read(db, user, "sessions", {"id": []}) == []
+    found = read(db, user, "sessions", {"status": ["active", "finalized"], "id": ids[1]})
+    assert [row["id"] for row in found] == [ids[1]]
+
+
+def test_a_read_goes_on_behind_a_row(db, user):
+    for _ in range(5):
+        db.session(user)
+    how = {"order_by": "created_at", "descending": True, "columns": ["id", "created_at"]}
+    whole = read(db, user, "sessions", {}, **how)
+    found, after = [], None
+    while rows := read(db, user, "sessions", {}, **how, after=after, limit=2):
+        found, after = found + rows, rows[-1]
+    assert found == whole
+    upwards = {**how, "descending": False}
+    assert read(db, user, "sessions", {}, **upwards, after=whole[1]) == [whole[0]]
+
+
+def test_names_of_a_read_that_try_to_be_sql_are_only_names(db, user):
+    row_id = db.session(user)
+    evil = "id = t.id or true) --"
+    for how in (
+        {"where": {evil: row_id}},
+        {"where": {evil: [row_id]}},
+        {"columns": [evil]},
+        {"order_by": evil, "after": {evil: "x", "id": row_id}},
+    ):
+        with pytest.raises(psycopg.Error) as raised:
+            read(db, user, "sessions", how.pop("where", {}), **how)
+        assert raised.value.sqlstate == "42703"  # no such column
+
+
 def test_a_read_of_an_unregistered_table_is_refused(db, user):
     with pytest.raises(psycopg.Error) as raised:
         db.call("sync_read_v1", {"user_id": user, "reads": [{"table": "ledger"}]})

@@ -11,6 +11,7 @@ from local_store import LocalStore, Row, user_uuid
 from local_store.ops import Outcome
 from syncer.errors import RemoteUnavailable
 from syncer.remote import TableRead
+from tests.simulation.model_rows import answered
 
 
 class ReadServer:
@@ -31,13 +32,8 @@ class ReadServer:
         return [self._found(user_id, read) for read in reads]
 
     def _found(self, user_id: str, read: TableRead) -> list[Row]:
-        rows = [
-            copy.deepcopy(row)
-            for row in self.rows.get(read.table, {}).values()
-            if row["user_id"] == user_id and read.where.items() <= row.items()
-        ]
-        rows.sort(key=lambda row: (row[read.order_by or "id"], row["id"]), reverse=read.descending)
-        return rows[: read.limit]
+        rows = [row for row in self.rows.get(read.table, {}).values() if row["user_id"] == user_id]
+        return copy.deepcopy(answered(rows, read))
 
     def stamp(self) -> str:
         """Return the next version, as the server writes it: without trailing zeros."""

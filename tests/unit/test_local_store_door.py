@@ -288,7 +288,7 @@ def test_values_in_a_filter_are_compared_and_never_executed(store: LocalStore):
     assert [row["id"] for row in found] == [row_id]
     assert store.select("notes", user_id=USER, where={"id": evil}) == []
     assert store.select("notes", user_id=evil) == []
-    for value in ({"a": 1}, [1], 2**70, b"x", "\ud800"):
+    for value in ({"a": 1}, [[1]], ["x", None], 2**70, b"x", "\ud800"):
         with pytest.raises(InvalidWrite):
             store.select("notes", user_id=USER, where={"text": value})
 
