@@ -162,10 +162,13 @@ def one_client(url: str, stack: LocalSupabase, calls: int) -> Samples:
 def fifty_clients(url: str, stack: LocalSupabase, seconds: float) -> Samples:
     """Each client makes a call per second, at its own moment of it."""
     found = [Samples() for _ in range(USERS)]
+    clients = [Client(url, stack, number) for number in range(USERS)]
+    for client in clients:
+        client.measure("create", Samples())  # its connection, its token, the user's buffer
     began = CLOCK.monotonic()
 
     def use(number: int) -> None:
-        client = Client(url, stack, number)
+        client = clients[number]
         due = began + number / USERS * PACE_S
         turn = 0
         while due < began + seconds:

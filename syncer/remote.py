@@ -84,6 +84,15 @@ class Remote(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class _Line:
+    """A client, what it runs on, and how many calls are on it."""
+
+    client: Client
+    http: Http
+    calls: int = 0
+
+
 class SupabaseRemote:
     """A Supabase project, reached with its secret key. Thread-safe; connects on first use.
 
@@ -103,8 +112,7 @@ class SupabaseRemote:
         self._clock = clock or SystemClock()
         self._secret_key = secret_key
         self._lock = threading.Lock()
-        self._client: Client | None = None
-        self._http: Http | None = None
+        self._line: _Line | None = None
         self._transport_failures = 0
         self._calls: set[Call] = set()
 
@@ -206,8 +214,8 @@ class SupabaseRemote:
 
     def pool_use(self) -> PoolUse:
         """Tell how the connections to Supabase are used now."""
-        http = self._http
-        return PoolUse(0, 0) if http is None else http.pool_use()
+        line = self._line
+        return PoolUse(0, 0) if line is None else line.http.pool_use()
 
     def give_up_calls(self) -> None:
         """Let every call under way end now with an unknown outcome, for a shutdown in time."""
@@ -215,16 +223,20 @@ class SupabaseRemote:
             call.give_up()
 
     def close(self) -> None:
-        """Close the connections; the next call opens new ones."""
+        """Let go of the connections; the next call opens new ones.
+
+        They are closed when the last call on them ends: other threads may be in the middle of one.
+        """
         with self._lock:
-            http, self._client, self._http = self._http, None, None
-        if http is not None:
-            http.close()
+            line, self._line = self._line, None
+            is_free = line is not None and line.calls == 0
+        if line is not None and is_free:
+            line.http.close()
 
     def _call(self, function: str, params: Row, timeout_s: float | None = None) -> Any:
         deadline_s = CALL_DEADLINE_S if timeout_s is None else timeout_s
-        client = self._connected()
-        call = Call(lambda: execute(client, function, params))
+        line = self._enter()
+        call = Call(lambda: execute(line.client, function, params))
         self._calls.add(call)
         began, error = self._clock.monotonic(), None
         try:
@@ -236,6 +248,7 @@ class SupabaseRemote:
             raise
         finally:
             self._calls.discard(call)
+            self._leave(line)
             self._on_call(function, self._clock.monotonic() - began, error)
         self._transport_failures = 0
         return reply
@@ -246,8 +259,16 @@ class SupabaseRemote:
             self._transport_failures = 0
             self.close()
 
-    def _connected(self) -> Client:
+    def _enter(self) -> _Line:
         with self._lock:
-            if self._client is None:
-                self._client, self._http = build_client(self._url, self._secret_key)
-            return self._client
+            if self._line is None:
+                self._line = _Line(*build_client(self._url, self._secret_key))
+            self._line.calls += 1
+            return self._line
+
+    def _leave(self, line: _Line) -> None:
+        with self._lock:
+            line.calls -= 1
+            is_last = line is not self._line and line.calls == 0
+        if is_last:
+            line.http.close()

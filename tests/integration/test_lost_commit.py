@@ -67,10 +67,10 @@ def postgrest(fresh_supabase, wire, tmp_path: Path) -> Iterator[str]:
 class Direct(SupabaseRemote):
     """supabase-py, pointed at a PostgREST without the gateway's prefix."""
 
-    def _connected(self):
-        client = super()._connected()
-        client.rest_url = type(client.rest_url)(self._url)
-        return client
+    def _enter(self):
+        line = super()._enter()
+        line.client.rest_url = type(line.client.rest_url)(self._url)
+        return line
 
 
 def test_a_lost_reply_to_commit_is_an_unknown_outcome_and_the_resend_a_duplicate(

@@ -8,6 +8,7 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import jwt
@@ -30,6 +31,7 @@ from syncer.errors import (
 from syncer.remote import SupabaseRemote, TableRead
 from syncer.settings import Settings
 from syncer.testkit.api_process import free_port
+from syncer.transport import PoolUse
 
 KEY = jwt.encode({"role": "service_role"}, "k" * 32)
 BATCH = Batch(
@@ -244,15 +246,33 @@ def test_the_key_and_the_users_text_appear_in_no_error_repr_or_log(gateway, remo
     assert KEY not in "\n".join(r.getMessage() for r in caplog.records if r.name != "hpack")
 
 
-def test_the_client_is_rebuilt_after_repeated_transport_failures(gateway, remote):
-    gateway.answer = lambda g: g.say(502, "", "text/html")
-    first = remote._connected()
-    for _ in range(3):
-        with pytest.raises(ReplyUnreadable):
-            remote.apply_batch(BATCH)
-    gateway.answer = lambda g: g.say(200, APPLIED)
-    assert remote.apply_batch(BATCH)
-    assert remote._connected() is not first
+def test_a_rebuilt_client_spares_the_calls_under_way_on_the_old_one(gateway, remote):
+    asked, may_answer = threading.Event(), threading.Event()
+    callers = []
+
+    def slowly(g: Gateway) -> None:
+        callers.append(g.client_address)
+        if len(callers) == 1:
+            asked.set()
+            assert may_answer.wait(10)
+            g.say(200, APPLIED)
+        elif len(callers) <= 4:
+            g.say(502, "", "text/html")
+        else:
+            g.say(200, APPLIED)
+
+    gateway.answer = slowly
+    with ThreadPoolExecutor() as pool:
+        under_way = pool.submit(remote.apply_batch, BATCH)
+        assert asked.wait(10)
+        for _ in range(3):
+            with pytest.raises(ReplyUnreadable):
+                remote.apply_batch(BATCH)
+        assert remote.pool_use() == PoolUse(0, 0), "the next call opens new connections"
+        assert remote.apply_batch(BATCH)
+        may_answer.set()
+        assert under_way.result(10)
+    assert callers[4] not in callers[:4]
 
 
 # -- settings -----------------------------------------------------------------------------------
