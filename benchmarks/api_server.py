@@ -6,6 +6,7 @@ python -m benchmarks.api_server buffered|supabase
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import uvicorn
 
@@ -25,6 +26,10 @@ class DirectSessions(SupabaseSessionStore):
     def sync_info(self, session: PromptSession) -> SyncInfo:
         """Return that nothing waits."""
         return SyncInfo("synced", 0, "remote", stale=False)
+
+    def sync_infos(self, sessions: Sequence[PromptSession]) -> list[SyncInfo]:
+        """Return that nothing waits."""
+        return [self.sync_info(session) for session in sessions]
 
 
 def main() -> None:

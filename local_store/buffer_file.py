@@ -134,7 +134,8 @@ class BufferFile(FileLife):
         try:
             return attempt()
         except RecordDamaged:
-            self._quarantine()
+            with suppress(StoreCorrupt):  # then the file is carried over by the next look
+                self._quarantine()
         except StoreCorrupt:
             pass  # given up already: the next look carries over what is intact
         try:

@@ -6,7 +6,8 @@ A value stands for itself, a list or tuple for any of its values.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -14,9 +15,43 @@ import orjson
 from local_store.door import INT_MAX, INT_MIN, canonical_uuid, check_text, lookup_id
 from local_store.errors import InvalidWrite
 from local_store.ops import Row, TableSpec, user_uuid
+from local_store.schema import AGE, age_of
 
 _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-ANY_OF = "IN (SELECT value FROM json_each(?))"
+_ANY_OF = "IN (SELECT value FROM json_each(?))"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of a user's rows of one table.
+
+    `order_by` is a column, with a leading minus descending; ties go by id. The answer begins
+    behind `after`, the order column's value and the id of a row. `limit` -1 means all, `columns`
+    None the whole rows.
+    """
+
+    spec: TableSpec
+    user_id: str
+    where: Mapping[str, Any]
+    order_by: str | None = None
+    limit: int = -1
+    columns: Sequence[str] | None = None
+    after: tuple[Any, str] | None = None
+
+    @property
+    def order_column(self) -> str:
+        """The column that orders the answer."""
+        return (self.order_by or self.spec.key).removeprefix("-")
+
+    @property
+    def is_descending(self) -> bool:
+        """Tell whether the last comes first."""
+        return (self.order_by or "").startswith("-")
+
+    @property
+    def by_age(self) -> bool:
+        """Tell whether the index of ages answers it in order."""
+        return self.order_column == AGE and self.spec.parent is None
 
 
 def any_of(value: Any) -> list[Any]:
@@ -37,7 +72,7 @@ def clause_of(spec: TableSpec, column: str, value: Any) -> tuple[str, list[Any]]
     values = [_stored(spec, column, one) for one in any_of(value)]
     place = _place(spec, column)
     if is_many:
-        return f"{place} {ANY_OF}", [orjson.dumps(values).decode()]
+        return f"{place} {_ANY_OF}", [orjson.dumps(values).decode()]
     return (f"{place} IS NULL", []) if value is None else (f"{place} = ?", values)
 
 
@@ -49,28 +84,50 @@ def plain(spec: TableSpec, where: Mapping[str, Any]) -> dict[str, list[Any]]:
     }
 
 
-def order_of(spec: TableSpec, order_by: str | None) -> str:
-    """Return the ORDER BY of `rows r`; ties go by id."""
-    column, direction = _ordering(spec, order_by)
-    if column == spec.key:
-        return f"r.id {direction}"
-    return f"{_place(spec, column)} {direction}, r.id {direction}"
+def order_of(question: Question) -> tuple[str, str]:
+    """Return the expression that orders `rows r`, and its direction; ties go by id."""
+    column = question.order_column
+    if column != question.spec.key:
+        check_column(question.spec, column)
+    place = age_of("r.") if question.by_age else _place(question.spec, column)
+    return place, "DESC" if question.is_descending else "ASC"
 
 
-def sort(spec: TableSpec, found: list[Row], order_by: str | None) -> None:
-    """Sort as SQLite does: nothing, then numbers, then text; ties by id."""
-    column, direction = _ordering(spec, order_by)
+def behind(question: Question) -> tuple[str, list[Any]]:
+    """Return the condition that a row comes after the one that the question names."""
+    if question.after is None:
+        return "1", []
+    place, _ = order_of(question)
+    sign = "<" if question.is_descending else ">"
+    value, row_id = question.after
+    # The first half is implied; an index can use it.
+    return f"{place} {sign}= ? AND ({place}, r.id) {sign} (?, ?)", [value, value, row_id]
 
-    def place(row: Row) -> tuple[int, Any, str]:
-        value = row.get(column)
-        if value is None:
-            return 0, 0, row[spec.key]
-        if isinstance(value, int | float):
-            return 1, value, row[spec.key]
-        text = value if isinstance(value, str) else orjson.dumps(value).decode()
-        return 2, text, row[spec.key]
 
-    found.sort(key=place, reverse=direction == "DESC")
+def place_of(question: Question, row: Row) -> tuple[int, Any, str]:
+    """Return where a row stands, as SQLite orders: nothing, then numbers, then text; then ids."""
+    return _placed(row.get(question.order_column), row[question.spec.key])
+
+
+def is_behind(question: Question, row: Row) -> bool:
+    """Tell whether a row comes after the one that the question names.
+
+    As in SQL, what has no value is neither before nor behind one.
+    """
+    if question.after is None:
+        return True
+    if question.after[0] is None or row.get(question.order_column) is None:
+        return False
+    place, end = place_of(question, row), _placed(*question.after)
+    return place < end if question.is_descending else place > end
+
+
+def _placed(value: Any, row_id: str) -> tuple[int, Any, str]:
+    if value is None:
+        return 0, 0, row_id
+    if isinstance(value, int | float):
+        return 1, value, row_id
+    return 2, value if isinstance(value, str) else orjson.dumps(value).decode(), row_id
 
 
 def check_column(spec: TableSpec, column: str) -> None:
@@ -97,13 +154,6 @@ def _stored(spec: TableSpec, column: str, value: Any) -> Any:
     if column in spec.columns and spec.columns[column].type == "uuid":
         return canonical_uuid(value) or value
     return value
-
-
-def _ordering(spec: TableSpec, order_by: str | None) -> tuple[str, str]:
-    column = (order_by or spec.key).removeprefix("-")
-    if column != spec.key:
-        check_column(spec, column)
-    return column, "DESC" if (order_by or "").startswith("-") else "ASC"
 
 
 def _check_comparable(spec: TableSpec, column: str, value: Any, is_many: bool) -> None:

@@ -261,8 +261,17 @@ class Delivery:
         self, table: str, id: str, *, user_id: str
     ) -> list[tuple[str, int, TransactionState]]:
         """Return (txn_id, seq, state) of what isn't settled on a row or its children."""
-        row_id = lookup_id(self._spec(table), id) or ""
-        return self._file.read(lambda c: op_log.unsettled_of(c, table, row_id, user_uuid(user_id)))
+        return self.transactions_among(table, [id], user_id=user_id)[id]
+
+    def transactions_among(
+        self, table: str, ids: Sequence[str], *, user_id: str
+    ) -> dict[str, list[tuple[str, int, TransactionState]]]:
+        """Return by id what `transactions_of` does, for many rows at once."""
+        spec, author = self._spec(table), user_uuid(user_id)
+        known = {id: lookup_id(spec, id) or "" for id in ids}
+        rows_asked = sorted(set(known.values()))
+        found = self._file.read(lambda c: op_log.unsettled_of(c, table, rows_asked, author))
+        return {id: found[row_id] for id, row_id in known.items()}
 
     def entries(
         self, *, log_id: str | None = None, after_seq: int = 0, limit: int = 5_000

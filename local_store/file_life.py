@@ -81,9 +81,8 @@ class FileLife:
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
     def _connect(self) -> None:
-        connection = self._usable()
+        connection = self._begun(self._usable())
         try:
-            self._begin(connection)
             reader = opening.connect(self._path, readonly=True)
         except BaseException:
             connection.close()
@@ -104,6 +103,18 @@ class FileLife:
             if not (opening.is_corrupt(error) or opening.is_nonsense(error)):
                 raise
             return self._carry_over(str(error))
+
+    def _begun(self, connection: sqlite3.Connection) -> sqlite3.Connection:
+        """Begin with an opened file, or with what is left of it when that shows its damage."""
+        try:
+            self._begin(connection)
+        except BaseException as error:
+            connection.close()
+            if not opening.is_corrupt(error):
+                raise
+            connection = self._carry_over(str(error))
+            self._begin(connection)
+        return connection
 
     def _begin(self, connection: sqlite3.Connection) -> None:
         """Bring an opened file up to date: its end, its lists, its identity."""

@@ -49,12 +49,21 @@ def _fix_end(connection: sqlite3.Connection) -> None:
 
     What isn't listed yet belongs to the newest log, without gaps; its own numbers may be damaged.
     """
+    # A flipped bit can make nothing, a text or a blob of a number; the last two are above all numbers.
+    (kinds,) = connection.execute(
+        "SELECT typeof(last_position) || typeof(last_seq) || typeof(total_bytes) || typeof(listed)"
+        " FROM totals"
+    ).fetchone()
+    if kinds != "integer" * 4:
+        error = sqlite3.DatabaseError("the totals are malformed")
+        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT  # as a page would be: carried over
+        raise error
+    last = "coalesce((SELECT max(position) FROM op_log), 0)"
     connection.execute(
         "UPDATE totals SET last_seq = max(last_seq, coalesce((SELECT max(p.seq) FROM places p"
-        "  WHERE p.log = totals.log), 0)) + max(0, coalesce((SELECT max(position) FROM op_log), 0)"
-        "  - listed),"
-        " last_position = max(last_position, coalesce((SELECT max(position) FROM op_log), 0)),"
-        f" total_bytes = max(total_bytes, coalesce((SELECT max(total_bytes) FROM op_log"
+        f"  WHERE p.log = totals.log AND typeof(p.seq) = 'integer'), 0)) + max(0, {last} - listed),"
+        f" last_position = max(last_position, {last}),"
+        " total_bytes = max(total_bytes, coalesce((SELECT max(total_bytes) FROM op_log"
         f"  WHERE {intact()}), 0))"
     )
 

@@ -73,7 +73,7 @@ def read_marks(connection: sqlite3.Connection) -> Marks:
     last = connection.execute(
         "SELECT position, log, seq, total_bytes FROM op_log ORDER BY position DESC LIMIT 1"
     ).fetchone()
-    if totals is None or None in totals:
+    if totals is None or None in totals or None in (last or ()):
         raise RecordDamaged
     position, log, seq, total_bytes, *rest = totals
     if last is not None:
@@ -314,20 +314,27 @@ def entries(
 
 
 def unsettled_of(
-    connection: sqlite3.Connection, table: str, row_id: str, user_id: str
-) -> list[tuple[str, int, TransactionState]]:
-    """Return (txn_id, seq, state) of what is not settled on a row or on its children."""
-    return connection.execute(
-        "SELECT l.txn_id, l.seq, l.state FROM ("
-        " SELECT position, stage FROM touches WHERE tbl = ?2 AND id = ?3"
-        " UNION SELECT position, stage FROM touches WHERE parent_id = ?3"
-        " UNION SELECT t.position, t.stage FROM rows r CROSS JOIN touches t ON t.tbl = r.tbl"
-        "  AND t.id = r.id WHERE r.parent_id = ?3"
+    connection: sqlite3.Connection, table: str, row_ids: Sequence[str], user_id: str
+) -> dict[str, list[tuple[str, int, TransactionState]]]:
+    """Return by row (txn_id, seq, state) of what is not settled on it or on its children."""
+    asked = "json_each(?3) k CROSS JOIN"
+    found = connection.execute(
+        "SELECT t.root, l.txn_id, l.seq, l.state FROM ("
+        f" SELECT k.value AS root, t.position, t.stage FROM {asked} touches t"
+        "  ON t.tbl = ?2 AND t.id = k.value"
+        f" UNION SELECT k.value, t.position, t.stage FROM {asked} touches t"
+        "  ON t.parent_id = k.value"
+        f" UNION SELECT k.value, t.position, t.stage FROM {asked} rows r ON r.parent_id = k.value"
+        "  CROSS JOIN touches t ON t.tbl = r.tbl AND t.id = r.id"
         ") t CROSS JOIN op_log l ON l.position = t.position"
-        f" WHERE l.user_id = ?1 AND t.stage <> {SETTLED_STAGE} GROUP BY l.position"
+        f" WHERE l.user_id = ?1 AND t.stage <> {SETTLED_STAGE} GROUP BY t.root, l.position"
         " ORDER BY l.position",
-        (user_id, table, row_id),
-    ).fetchall()
+        (user_id, table, orjson.dumps(list(row_ids)).decode()),
+    )
+    told: dict[str, list[tuple[str, int, TransactionState]]] = {row_id: [] for row_id in row_ids}
+    for root, *transaction in found:
+        told[root].append(tuple(transaction))
+    return told
 
 
 def reply_of(connection: sqlite3.Connection, txn_id: str) -> Any:

@@ -218,6 +218,8 @@ def _walk(source: sqlite3.Connection, statement: str, key: str) -> Iterator[tupl
             ).fetchall()
             if not found:
                 return
+            if not after < int(found[0][0]) <= int(found[-1][0]):
+                raise sqlite3.DatabaseError  # out of order: this would never end
             yield from found
             after, failures = int(found[-1][0]), 0
         except sqlite3.DatabaseError:

@@ -96,6 +96,14 @@ def row_intact(of: str = "") -> str:
     return f"({of}crc = {_seal(ROW, of)} AND {_is_text(_ROW_TEXT, of)})"
 
 
+AGE = "created_at"  # the column by which rows are listed
+
+
+def age_of(of: str = "") -> str:
+    """Return the SQL of when a row was made; nothing for a body that isn't JSON any more."""
+    return f"CASE WHEN json_valid({of}body) THEN json_extract({of}body, '$.{AGE}') END"
+
+
 _TABLES = (
     """
     CREATE TABLE op_log (
@@ -157,6 +165,8 @@ _TABLES = (
     "CREATE INDEX rows_of_user ON rows (user_id, tbl, id)",
     "CREATE INDEX rows_of_parent ON rows (parent_id, tbl)",
     "CREATE INDEX rows_by_age ON rows (changed_at)",
+    f"CREATE INDEX rows_by_creation ON rows (user_id, tbl, {age_of()}, id)"
+    " WHERE parent_id IS NULL AND body IS NOT NULL",
     "CREATE TABLE names (txn_id TEXT PRIMARY KEY, position INTEGER NOT NULL) STRICT, WITHOUT ROWID",
     "CREATE TABLE places (log INTEGER NOT NULL, seq INTEGER NOT NULL, position INTEGER NOT NULL,"
     " PRIMARY KEY (log, seq)) STRICT, WITHOUT ROWID",

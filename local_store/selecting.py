@@ -14,12 +14,14 @@ from typing import Any
 import orjson
 
 from local_store.comparing import (
-    ANY_OF,
+    Question,
+    behind,
     check_column,
     clause_of,
+    is_behind,
     order_of,
+    place_of,
     plain,
-    sort,
 )
 from local_store.decoding import RecordDamaged
 from local_store.ops import Row, TableSpec
@@ -35,65 +37,58 @@ from local_store.rows import (
 from local_store.schema import row_intact
 from local_store.views import Key
 
+_BEARING_ON_IDS = (
+    "SELECT DISTINCT t.id FROM json_each(?2) k CROSS JOIN touches t"
+    " ON t.tbl = ?1 AND t.id = k.value"
+)
+_BEARING_ON_CHILDREN = (  # where a change doesn't name the parent, the row does
+    "SELECT t.id FROM json_each(?2) k CROSS JOIN touches t ON t.parent_id = k.value AND t.tbl = ?1"
+    " UNION SELECT r.id FROM json_each(?2) k CROSS JOIN rows r"
+    f" ON r.parent_id = k.value AND r.tbl = ?1 AND r.user_id = ?3 AND {IS_TOUCHED}"
+)
+_BEARING_ON_USER = (
+    "SELECT DISTINCT t.id FROM ("
+    " SELECT position FROM turns WHERE log IN (SELECT ordinal FROM logs) AND user_id = ?2"
+    " UNION ALL SELECT position FROM op_log WHERE parked = 1 AND user_id = ?2"
+    " UNION ALL SELECT position FROM touches WHERE stage = 2"
+    ") p CROSS JOIN touches t ON t.position = p.position WHERE t.tbl = ?1"
+)
 
-def select(
-    connection: sqlite3.Connection,
-    tables: Tables,
-    spec: TableSpec,
-    user_id: str,
-    where: Mapping[str, Any],
-    order_by: str | None = None,
-    limit: int = -1,
-    columns: Sequence[str] | None = None,
-) -> list[Row]:
-    """Return the author's rows that equal `where`, ordered, at most `limit` (-1: all).
+
+def select(connection: sqlite3.Connection, tables: Tables, question: Question) -> list[Row]:
+    """Return the author's rows that the question asks for.
 
     Clean rows are searched by SQLite, and only as many as are asked for are read; rows with
-    changes on them are all looked at. `order_by` names a column, with a leading minus for
-    descending; ties go by id. With `columns`, a row has these, its key and its marks.
+    changes on them are all looked at. With `columns`, a row has these, the one that orders, its
+    key, its version and its marks.
     """
-    find = _clean if columns is None else partial(_projected, columns=columns)
-    found = find(connection, spec, user_id, where, order_by, limit)
-    keys = _touched_keys(connection, spec, user_id, where)
+    find = _clean if question.columns is None else _projected
+    found = find(connection, question)
+    keys = _touched_keys(connection, question.spec, question.user_id, question.where)
     if keys:
-        for row in _touched(connection, tables, spec, user_id, keys, where):
-            found.append(row if columns is None else _only(spec, row, columns))
-        sort(spec, found, order_by)
-    return found if limit < 0 else found[:limit]
+        for row in _touched(connection, tables, question, keys):
+            found.append(row if question.columns is None else _only(question, row))
+        found.sort(key=partial(place_of, question), reverse=question.is_descending)
+    return found if question.limit < 0 else found[: question.limit]
 
 
-def _clean(
-    connection: sqlite3.Connection,
-    spec: TableSpec,
-    user_id: str,
-    where: Mapping[str, Any],
-    order_by: str | None,
-    limit: int,
-) -> list[Row]:
-    sql, values = _search(spec, user_id, where, order_by)
+def _clean(connection: sqlite3.Connection, question: Question) -> list[Row]:
+    sql, values = _search(question)
     found = connection.execute(
-        f"SELECT r.id, r.user_id, r.body, r.base, r.version, {row_intact('r.')} {sql}",
-        (*values, limit),
+        f"SELECT r.id, r.user_id, r.body, r.base, r.version, {row_intact('r.')} {sql}", values
     ).fetchall()
-    return [shown(spec, row[0], base_row(row[1:]), False) for row in found]
+    return [shown(question.spec, row[0], base_row(row[1:]), False) for row in found]
 
 
-def _projected(
-    connection: sqlite3.Connection,
-    spec: TableSpec,
-    user_id: str,
-    where: Mapping[str, Any],
-    order_by: str | None,
-    limit: int,
-    columns: Sequence[str],
-) -> list[Row]:
+def _projected(connection: sqlite3.Connection, question: Question) -> list[Row]:
     """Return some columns of the rows: SQLite takes them out, which spares making the rest."""
+    spec, columns = question.spec, _columns(question)
     for column in columns:
         check_column(spec, column)
-    sql, values = _search(spec, user_id, where, order_by)
+    sql, values = _search(question)
     taken = "".join(f", r.body -> '$.{column}'" for column in columns)
     found = connection.execute(
-        f"SELECT r.id, r.base, r.version, {row_intact('r.')}{taken} {sql}", (*values, limit)
+        f"SELECT r.id, r.base, r.version, {row_intact('r.')}{taken} {sql}", values
     )
     rows = []
     for row_id, base, version, is_intact, *texts in found:
@@ -106,47 +101,58 @@ def _projected(
     return rows
 
 
-def _search(
-    spec: TableSpec, user_id: str, where: Mapping[str, Any], order_by: str | None
-) -> tuple[str, list[Any]]:
-    # Left to choose, SQLite walks the whole table in the order of ids to spare itself the sorting.
+def _columns(question: Question) -> list[str]:
+    """Return the columns to take out of the rows."""
+    apart = (question.spec.key, question.spec.version)
+    named = dict.fromkeys([*(question.columns or ()), question.order_column])
+    return [column for column in named if column not in apart]
+
+
+def _only(question: Question, row: Row) -> Row:
+    spec = question.spec
+    names = (spec.key, spec.version, "_version", "_pending", *_columns(question))
+    return {name: row[name] for name in names}
+
+
+def _search(question: Question) -> tuple[str, list[Any]]:
+    """Return the rest of a SELECT of clean rows, and what to bind."""
+    spec, where = question.spec, question.where
     by_parent = spec.parent is not None and where.get(spec.parent[0]) is not None
-    index = "rows_of_parent" if by_parent else "rows_of_user"
+    by_age = question.by_age and spec.key not in where
+    # Left to choose, SQLite walks the whole table in the order of ids to spare itself the sorting.
+    index = "rows_of_parent" if by_parent else "rows_by_creation" if by_age else "rows_of_user"
     clauses = ["r.user_id = ?", "r.tbl = ?", "r.body IS NOT NULL", f"NOT {IS_TOUCHED}"]
-    values: list[Any] = [user_id, spec.name]
-    for column, value in where.items():
-        clause, bound = clause_of(spec, column, value)
+    values: list[Any] = [question.user_id, spec.name]
+    if by_age:
+        clauses.append("r.parent_id IS NULL")  # what the index is limited to, and true of all
+    bounds = [clause_of(spec, column, value) for column, value in where.items()]
+    for clause, bound in [*bounds, behind(question)]:
         clauses.append(clause)
         values.extend(bound)
+    place, direction = order_of(question)
     sql = (
         f"FROM rows r INDEXED BY {index} WHERE {' AND '.join(clauses)}"
-        f" ORDER BY {order_of(spec, order_by)} LIMIT ?"
+        f" ORDER BY {place} {direction}, r.id {direction} LIMIT ?"
     )
-    return sql, values
+    return sql, [*values, question.limit]
 
 
 def _touched(
-    connection: sqlite3.Connection,
-    tables: Tables,
-    spec: TableSpec,
-    user_id: str,
-    keys: Sequence[Key],
-    where: Mapping[str, Any],
+    connection: sqlite3.Connection, tables: Tables, question: Question, keys: Sequence[Key]
 ) -> list[Row]:
-    asked = plain(spec, where)
+    spec, asked = question.spec, plain(question.spec, question.where)
     marked = pending_among(connection, keys)
     rows = [
         shown(spec, key[1], seen, key in marked)
         for key, seen in views(connection, tables, keys).items()
-        if seen is not None and seen.body is not None and seen.user_id == user_id
+        if seen is not None and seen.body is not None and seen.user_id == question.user_id
     ]
     return [
-        row for row in rows if all(row.get(column) in values for column, values in asked.items())
+        row
+        for row in rows
+        if all(row.get(column) in values for column, values in asked.items())
+        and is_behind(question, row)
     ]
-
-
-def _only(spec: TableSpec, row: Row, columns: Sequence[str]) -> Row:
-    return {name: row[name] for name in (spec.key, spec.version, "_version", "_pending", *columns)}
 
 
 def _touched_keys(
@@ -154,36 +160,15 @@ def _touched_keys(
 ) -> list[Key]:
     """Return the author's rows of a table that changes bear on, narrowed by parent where asked."""
     asked = plain(spec, {name: value for name, value in where.items() if value is not None})
+    parent = spec.parent[0] if spec.parent is not None else None
     if spec.key in asked:
-        return _bearing(connection, f"t.tbl = ? AND t.id {ANY_OF}", spec, asked[spec.key])
-    if spec.parent is not None and spec.parent[0] in asked:
-        parents = asked[spec.parent[0]]
-        return _bearing(connection, f"t.tbl = ? AND t.parent_id {ANY_OF}", spec, parents) + [
-            (spec.name, row_id)
-            for (row_id,) in connection.execute(
-                f"SELECT r.id FROM rows r WHERE r.parent_id {ANY_OF} AND r.tbl = ?"
-                f" AND r.user_id = ? AND {IS_TOUCHED}",
-                (orjson.dumps(parents).decode(), spec.name, user_id),
-            )
-        ]
-    found = connection.execute(
-        "SELECT DISTINCT t.id FROM ("
-        " SELECT position FROM turns WHERE log IN (SELECT ordinal FROM logs) AND user_id = ?1"
-        " UNION ALL SELECT position FROM op_log WHERE parked = 1 AND user_id = ?1"
-        " UNION ALL SELECT position FROM touches WHERE stage = 2"
-        ") p CROSS JOIN touches t ON t.position = p.position WHERE t.tbl = ?2",
-        (user_id, spec.name),
-    )
-    return [(spec.name, row_id) for (row_id,) in found]
-
-
-def _bearing(
-    connection: sqlite3.Connection, condition: str, spec: TableSpec, values: Sequence[Any]
-) -> list[Key]:
-    found = connection.execute(
-        f"SELECT DISTINCT t.id FROM touches t WHERE {condition}",
-        (spec.name, orjson.dumps(values).decode()),
-    )
+        values = orjson.dumps(asked[spec.key]).decode()
+        found = connection.execute(_BEARING_ON_IDS, (spec.name, values))
+    elif parent in asked:
+        values = orjson.dumps(asked[parent]).decode()
+        found = connection.execute(_BEARING_ON_CHILDREN, (spec.name, values, user_id))
+    else:
+        found = connection.execute(_BEARING_ON_USER, (spec.name, user_id))
     return [(spec.name, row_id) for (row_id,) in found]
 
 
@@ -208,7 +193,7 @@ def refresh(
     seen = {str(row[spec.key]) for row in server_rows}
     gone = [
         (spec.name, row[spec.key], as_of)
-        for row in _clean(connection, spec, user_id, where, None, -1)
+        for row in _clean(connection, Question(spec, user_id, where))
         if row[spec.key] not in seen
     ]
     return changed + sum(_forget(connection, *item) for item in gone)

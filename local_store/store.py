@@ -17,6 +17,7 @@ from local_store import integrity, op_log, opening, rows, schema, schemas, selec
 from local_store.appending import Group
 from local_store.buffer_file import BufferFile
 from local_store.clock import Clock, SystemClock, isoformat, new_id
+from local_store.comparing import Question
 from local_store.delivery import Delivery
 from local_store.door import accept, canonical_uuid, lookup_id
 from local_store.errors import CommitUnknown, InvalidWrite
@@ -226,18 +227,17 @@ class LocalStore(Delivery, Sealing):
         order_by: str | None = None,
         limit: int = 100,
         columns: Sequence[str] | None = None,
+        after: tuple[Any, str] | None = None,
     ) -> list[Row]:
         """Return this user's rows that equal `where`, at most `limit` (-1: all).
 
         A list in `where` stands for any of its values. `order_by` is a column, descending with a
-        leading minus; ties go by id. With `columns`, rows carry these, key, version and marks only.
+        leading minus; ties go by id; `after`, that column's value and the id of a row, begins
+        behind it. With `columns`, rows carry these, key, version and marks only.
         """
-        spec, author, asked = self._spec(table), user_uuid(user_id), where or {}
-        return self._file.read(
-            lambda c: selecting.select(
-                c, self._tables, spec, author, asked, order_by, limit, columns
-            )
-        )
+        spec, author = self._spec(table), user_uuid(user_id)
+        question = Question(spec, author, where or {}, order_by, limit, columns, after)
+        return self._file.read(lambda c: selecting.select(c, self._tables, question))
 
     def is_held(self, table: str, id: str, *, user_id: str) -> bool:
         """Tell whether this user's row, or its deletion, is known here."""

@@ -168,7 +168,8 @@ async def list_sessions(
 
     def page() -> dict[str, Any]:
         found = who.store.list_page(status, limit, cursor)
-        shown = [_shown(session, who.store.sync_info(session)) for session in found.sessions]
+        infos = who.store.sync_infos(found.sessions)
+        shown = [_shown(*item) for item in zip(found.sessions, infos, strict=True)]
         return {"sessions": shown, "complete": found.complete, "next": found.next}
 
     return _json(await who.read(page))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,14 +14,14 @@ from syncer.sessions.errors import InvalidCursor
 from syncer.sessions.models import SessionStatus, moment_of
 
 Position = tuple[str, str]
-# What the buffer stores: comparable as text. Nearly all are, and parsing costs ten times as much.
-_AS_STORED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00")
+# What the buffer stores: comparable as text, and parsing costs ten times as much.
+_STORED_CHARS = 32
 
 
 def position_of(row: Row) -> Position:
     """Return where a session row stands in the list; positions compare like their rows."""
     moment = str(row.get("created_at"))
-    if not _AS_STORED.fullmatch(moment):
+    if len(moment) != _STORED_CHARS or not moment.endswith("+00:00"):
         moment = acceptance_order(row)[0].isoformat(timespec="microseconds")
     return moment, str(row["id"])
 

@@ -26,7 +26,6 @@ from syncer.errors import RemoteUnavailable
 from syncer.sessions.aggregate import (
     PARTS,
     SessionRows,
-    Snapshot,
     assemble,
     rows_by_session,
     snapshot_of,
@@ -38,6 +37,8 @@ from syncer.sessions.row_store import RowSessionStore, Traces, canonical
 from syncer.sessions.server_reads import Reads, Stretch
 from syncer.sessions.store_api import RequestKey, SessionPage, SyncInfo, at_host
 from syncer.sessions.tables import SESSIONS
+
+LOCAL = ("created_at", "status")  # what decides whether and where a session is listed
 
 
 class BufferedSessionStore(RowSessionStore):
@@ -111,18 +112,26 @@ class BufferedSessionStore(RowSessionStore):
         if not self._is_held(row_id):
             rows = self._fetch(row_id)
             return None if rows is None else assemble(row_id, snapshot_of(rows))
-        stale = self._is_clean(row_id) and not self._refreshed(row_id)
+        stale = bool(self._clean_among([row_id])) and not self._refreshed(row_id)
         rows = self._rows(row_id)
         return None if rows is None else assemble(row_id, snapshot_of(rows, stale=stale))
 
     def sync_info(self, session: PromptSession) -> SyncInfo:
         """Tell where a session that this store returned stands now."""
-        base: Snapshot | None = session._base
-        stale = base is not None and base.stale
-        row_id = canonical(session.session_id) or ""
-        found = self._store.transactions_of(SESSIONS, row_id, user_id=self._user_id)
-        durability = self._survives([seq for _txn_id, seq, _state in found])
-        return SyncInfo.of([state for *_, state in found], durability, stale=stale)
+        return self.sync_infos([session])[0]
+
+    def sync_infos(self, sessions: Sequence[PromptSession]) -> list[SyncInfo]:
+        """Tell of each session that this store returned where it stands now."""
+        row_ids = [canonical(session.session_id) or "" for session in sessions]
+        found = self._store.transactions_among(SESSIONS, row_ids, user_id=self._user_id)
+        return [
+            SyncInfo.of(
+                [state for *_, state in found[row_id]],
+                self._survives([seq for _txn_id, seq, _state in found[row_id]]),
+                stale=session._base is not None and session._base.stale,
+            )
+            for row_id, session in zip(row_ids, sessions, strict=True)
+        ]
 
     # -- what the base asks for -------------------------------------------------------------------
 
@@ -158,8 +167,10 @@ class BufferedSessionStore(RowSessionStore):
     def _is_held(self, session_id: str) -> bool:
         return self._store.is_held(SESSIONS, session_id, user_id=self._user_id)
 
-    def _is_clean(self, session_id: str) -> bool:
-        return not self._store.transactions_of(SESSIONS, session_id, user_id=self._user_id)
+    def _clean_among(self, session_ids: Sequence[str]) -> list[str]:
+        """Return those of the sessions that have nothing pending, nor have their children."""
+        found = self._store.transactions_among(SESSIONS, session_ids, user_id=self._user_id)
+        return [row_id for row_id in session_ids if not found[row_id]]
 
     def _rows(self, session_id: str) -> SessionRows | None:
         session = self._store.get(SESSIONS, session_id, user_id=self._user_id)
@@ -204,7 +215,13 @@ class BufferedSessionStore(RowSessionStore):
     ) -> SessionPage:
         after = after_cursor(cursor)
         local = self._store.select(
-            SESSIONS, user_id=self._user_id, limit=-1, columns=("created_at", "status")
+            SESSIONS,
+            user_id=self._user_id,
+            where={} if status is None else {"status": status},
+            order_by="-created_at",
+            after=after,
+            limit=-1 if limit is None else limit + 1,  # one more tells whether others follow
+            columns=LOCAL,
         )
         page = cut(local, status, limit, after)
         asked = self._through is None
@@ -213,8 +230,8 @@ class BufferedSessionStore(RowSessionStore):
                 guessed = [row["id"] for row in page.rows if not row["_pending"]]
                 listing = self._through.listed(status, limit, after, guessed)
                 joined = self._joined(local, listing.stretch, status, limit, after)
-                ids = [row["id"] for row in joined.rows]
-                self._through.take(listing, [row_id for row_id in ids if self._is_clean(row_id)])
+                clean = self._clean_among([row["id"] for row in joined.rows])
+                self._through.take(listing, clean)
                 page, asked = joined, True
             except (RemoteUnavailable, LocalStoreError):
                 pass
@@ -231,12 +248,17 @@ class BufferedSessionStore(RowSessionStore):
     ) -> Page:
         """Cut the page out of the server's rows and the local ones; pending changes win."""
         merged = {row["id"]: row for row in local}
-        for row in there.rows:
-            row_id = str(row["id"])
-            known = merged.get(row_id)
-            if known is None and self._is_held(row_id):
-                continue  # deleted here
-            if known is None or not known["_pending"]:
+        theirs = {str(row["id"]): row for row in there.rows}
+        beside = [row_id for row_id in theirs if row_id not in merged]
+        where = {"id": beside}
+        elsewhere = self._store.select(
+            SESSIONS, user_id=self._user_id, where=where, limit=-1, columns=LOCAL
+        )
+        known = merged | {row["id"]: row for row in elsewhere}
+        for row_id, row in theirs.items():
+            if row_id in known:
+                merged[row_id] = known[row_id] if known[row_id]["_pending"] else row
+            elif not self._is_held(row_id):  # else it was deleted here
                 merged[row_id] = row
         known_to = there.rows[-1] if there.more else None
         return cut(merged.values(), status, limit, after, known_to)

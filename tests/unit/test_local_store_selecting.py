@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from local_store import Delete, InvalidWrite, LocalStore, Update
-from local_store.clock import new_id
+from local_store import Delete, InvalidWrite, LocalStore, Row, Update
+from local_store.clock import ManualClock, new_id
 from tests.unit.buffer_tables import OTHER, TABLES, USER, add, settle_all
 
 
@@ -71,6 +71,43 @@ def test_some_columns_are_those_of_the_whole_row(store: LocalStore, reach: Calla
     some = store.select("notes", user_id=USER, order_by="-number", columns=columns)
     assert some == [{name: row[name] for name in (*marks, *columns)} for row in whole]
     assert [row["number"] for row in some] == [2**60, 1]
+
+
+@pytest.mark.parametrize("order_by", ["created_at", "-created_at", "number", "-number", None])
+def test_pages_follow_one_another_without_gap_or_repeat(
+    tmp_path: Path, reach: Callable[[LocalStore], None], order_by: str | None
+):
+    clock = ManualClock()
+    with LocalStore.open(tmp_path, tables=TABLES, clock=clock) as store:
+        for turn in range(8):
+            add(store, number=turn // 2)
+            clock.advance(turn % 2)
+        reach(store)
+        add(store, number=1)
+        how = {"user_id": USER, "order_by": order_by}
+        whole = store.select("notes", limit=-1, **how)
+        column = (order_by or "id").removeprefix("-")
+        paged: list[Row] = []
+        while page := store.select(
+            "notes",
+            limit=2,
+            after=(paged[-1][column], paged[-1]["id"]) if paged else None,
+            **how,
+        ):
+            paged += page
+        assert paged == whole
+        assert len(whole) == 9
+
+
+def test_behind_a_value_there_is_no_row_without_one(store: LocalStore, reach: Callable):
+    add(store)
+    row_id = add(store, number=1)
+    reach(store)
+    for order_by, behind in (("number", 0), ("-number", 2), ("number", None)):
+        found = store.select(
+            "notes", user_id=USER, order_by=order_by, after=(behind, "0"), limit=-1
+        )
+        assert [row["id"] for row in found] == ([] if behind is None else [row_id])
 
 
 def test_a_column_that_is_not_there_is_refused(store: LocalStore):
