@@ -49,7 +49,7 @@ def _fix_end(connection: sqlite3.Connection) -> None:
 
     What isn't listed yet belongs to the newest log, without gaps; its own numbers may be damaged.
     """
-    # A flipped bit can make nothing, a text or a blob of a number; the last two are above all numbers.
+    # Flipped bits can make a text or a blob of a number, and those are above all numbers.
     (kinds,) = connection.execute(
         "SELECT typeof(last_position) || typeof(last_seq) || typeof(total_bytes) || typeof(listed)"
         " FROM totals"
