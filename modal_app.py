@@ -22,7 +22,7 @@ from local_store.ops import Selection
 from syncer.service.buffers import moment
 from syncer.service.deployment import DeploySettings
 from syncer.service.runtime import Runtime
-from syncer.service.server import freeze_heap, set_up_logging_of
+from syncer.service.server import set_up_logging_of, tune_interpreter
 from syncer.service.smoke import smoke as run_smoke
 from syncer.service.volume_replay import opened_volume
 from syncer.sessions.tables import SESSION_TABLES
@@ -95,7 +95,7 @@ def api() -> Any:
     """Serve the HTTP API from this container's buffer; its end seals and ships what is left."""
     set_up_logging_of(Settings.load())
     runtime = Runtime.start(Settings.load(), volume=mounted())
-    freeze_heap()
+    tune_interpreter()
     return runtime.app
 
 

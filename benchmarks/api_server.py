@@ -12,7 +12,7 @@ import uvicorn
 
 from syncer.remote import SupabaseRemote
 from syncer.service.runtime import Runtime
-from syncer.service.server import freeze_heap, set_up_logging_of
+from syncer.service.server import set_up_logging_of, tune_interpreter
 from syncer.sessions import PromptSession, SupabaseSessionStore
 from syncer.sessions.store_api import SyncInfo
 from syncer.settings import Settings
@@ -37,7 +37,7 @@ def main() -> None:
     settings = Settings.load()
     set_up_logging_of(settings)
     runtime = Runtime.start(settings)
-    freeze_heap()
+    tune_interpreter()
     if sys.argv[1] == "supabase":
         remote, stores = SupabaseRemote.from_settings(settings), {}
 

@@ -16,6 +16,7 @@ from syncer.service.output import told
 from syncer.service.runtime import Runtime
 from syncer.settings import Settings
 
+SWITCH_INTERVAL_S = 0.0005
 GRACEFUL_S = 8  # for requests in flight; runtime.py has the other parts of a shutdown's 25 s
 
 
@@ -26,19 +27,22 @@ def serve(settings: Settings) -> None:
     """
     set_up_logging_of(settings)
     runtime = Runtime.start(settings)
-    freeze_heap()
+    tune_interpreter()
     try:
         _run(runtime.app, settings)
     finally:
         runtime.stop()
 
 
-def freeze_heap() -> None:
-    """Spare the garbage collector what lives as long as the process.
+def tune_interpreter() -> None:
+    """Set Python up for many short requests beside a flusher (benchmarks/RESULTS.md).
 
-    Looking through a few hundred thousand objects of imported modules stops every thread for
-    100 ms, once in some twenty requests (benchmarks/RESULTS.md).
+    A thread that computes is interrupted after 0.5 ms instead of 5: a write changes threads some
+    ten times until it is answered. And the garbage collector is spared what lives as long as the
+    process: looking through all imported modules stops every thread for 100 ms, once in twenty
+    requests.
     """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.collect()
     gc.freeze()
 
