@@ -85,6 +85,8 @@ class FileLife:
         try:
             self._begin(connection)
             reader = opening.connect(self._path, readonly=True)
+            # It opens all its files now, and not when descriptors are short.
+            reader.execute("SELECT only FROM totals").fetchone()
         except BaseException:
             connection.close()
             raise

@@ -23,6 +23,7 @@ LOCK_NAME = "buffer.lock"
 FLUSHER_LOCK_NAME = "flusher.lock"
 BUSY_TIMEOUT_MS = 5_000  # only readers can meet a lock: writers queue on the folder's flock
 CACHED_STATEMENTS = 512  # the text of an insert varies with the size of its group
+WAL_BYTES_KEPT = 8 * 1024 * 1024  # twice what a checkpoint finds: cut after a reader made it grow
 
 
 @contextmanager
@@ -141,6 +142,7 @@ def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
             connection.execute("PRAGMA query_only = ON")
             return connection
         connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_KEPT}")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = OFF")
     except BaseException:
