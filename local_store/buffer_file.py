@@ -392,7 +392,7 @@ class BufferFile(FileLife):
         if self._pid != os.getpid():
             # SQLite's locks don't survive a fork: acknowledgements here would go nowhere.
             self._leak()
-            raise StoreClosed("this store was opened before a fork; open the folder again")
+            raise StoreClosed("this store was opened before a fork; start a fresh process")
 
     def _leak(self) -> None:
         """Keep a forked child from ever closing what is its parent's.
