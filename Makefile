@@ -48,6 +48,7 @@ soak: $(STAMP)
 	@SIMULATION_HISTORIES=2000 SIMULATION_SEED=$${SEED:-100000} $(PYTEST) tests/simulation
 	@CONTRACT_HISTORIES=1000 CONTRACT_SEED=$${SEED:-100000} $(PYTEST) tests/contract
 	@HISTORY_EXAMPLES=5000 $(PYTEST) --timeout 3600 tests/unit/test_history.py
+	@POWER_LOSS_IMAGES=1500 POWER_LOSS_SEED=$${SEED:-100000} $(PYTEST) --timeout 3600 tests/unit/test_power_loss.py
 	@FAULT_TRANSACTIONS=50000 FAULT_SEED=$${SEED:-100000} $(PYTEST) --timeout 3600 tests/integration/test_fault_mix.py
 	@$(BIN)/syncer demo --sessions 3000 --outage-seconds 120 --seed $${SEED:-100000}
 

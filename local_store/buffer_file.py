@@ -34,6 +34,7 @@ from local_store.file_life import FileLife, Upkeep
 from local_store.high_water import HighWater
 from local_store.listing import unlisted
 from local_store.space import Ballast, check_free
+from local_store.write_ahead import checkpoint
 
 _CREATE = os.O_RDWR | os.O_CREAT
 LOOK_BYTES = 256 * 1024  # appended between two looks at the free space
@@ -78,6 +79,7 @@ class BufferFile(FileLife):
         self._shared = self._share()
         self._unlooked_bytes = LOOK_BYTES
         self._frames = 0  # in the write-ahead log since the last checkpoint, roughly
+        self._is_pinned = False  # by a reader elsewhere, for long
         self.generation = 0
 
     def _share(self) -> mmap.mmap:
@@ -296,7 +298,7 @@ class BufferFile(FileLife):
                 return
             self._frames = 0
             with opening.folder_lock(self._lock_fd):
-                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                self._is_pinned = checkpoint(self._connection, self._is_pinned)
             self._ballast.restore(self._free_bytes_min)
 
     @contextmanager
@@ -391,7 +393,7 @@ class BufferFile(FileLife):
         if self._pid != os.getpid():
             # SQLite's locks don't survive a fork: acknowledgements here would go nowhere.
             self._leak()
-            raise StoreClosed("this store was opened before a fork; open the folder again")
+            raise StoreClosed("this store was opened before a fork; start a fresh process")
 
     def _leak(self) -> None:
         """Keep a forked child from ever closing what is its parent's.

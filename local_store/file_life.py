@@ -14,9 +14,9 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from local_store import opening, salvage
+from local_store import forks, opening, salvage
 from local_store.decoding import RecordDamaged
-from local_store.errors import CommitUnknown, StoreCorrupt
+from local_store.errors import CommitUnknown, StoreClosed, StoreCorrupt
 from local_store.high_water import HighWater
 from local_store.listing import unlisted
 from local_store.space import Ballast
@@ -81,15 +81,23 @@ class FileLife:
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
     def _connect(self) -> None:
+        if forks.is_inherited(self._identity_on_disk()):
+            raise StoreClosed(
+                f"{self._path} was open when this process was forked; use a process that was"
+                " started afresh (spawn, exec), or fork before the file is opened"
+            )
         connection = self._begun(self._usable())
         try:
             reader = opening.connect(self._path, readonly=True)
+            # It opens all its files now, and not when descriptors are short.
+            reader.execute("SELECT only FROM totals").fetchone()
         except BaseException:
             connection.close()
             raise
+        self._damaged, self._identity = None, self._identity_on_disk()
+        forks.note(self._identity)
         with self._read_lock:
             self._connection, self._reader = connection, reader
-        self._damaged, self._identity = None, self._identity_on_disk()
         self.generation += 1
         self._ballast.restore(self._free_bytes_min)
 
@@ -168,6 +176,8 @@ class FileLife:
         with self._read_lock:
             reader, self._reader = self._reader, None
             connection, self._connection = self._connection, None
+        if connection is not None:
+            forks.forget(self._identity)
         for opened in (reader, connection):
             if opened is not None:
                 with suppress(sqlite3.Error):

@@ -109,7 +109,7 @@ class GroupCommit(Generic[Item, Result]):
     def submit(self, item: Item) -> Result:
         """Commit `item` and return its result; blocks the thread. Raises what the commit says."""
         if self._pid != os.getpid():
-            raise StoreClosed("this store was opened before a fork; open the folder again")
+            raise StoreClosed("this store was opened before a fork; start a fresh process")
         waiter: _Thread[Item, Result] = _Thread(item)
         with self._mutex:
             self._admit(waiter)
@@ -140,7 +140,7 @@ class GroupCommit(Generic[Item, Result]):
         Cancelling stops the waiting, not the commit.
         """
         if self._pid != os.getpid():
-            raise StoreClosed("this store was opened before a fork; open the folder again")
+            raise StoreClosed("this store was opened before a fork; start a fresh process")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
         with self._mutex:

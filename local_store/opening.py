@@ -23,6 +23,7 @@ LOCK_NAME = "buffer.lock"
 FLUSHER_LOCK_NAME = "flusher.lock"
 BUSY_TIMEOUT_MS = 5_000  # only readers can meet a lock: writers queue on the folder's flock
 CACHED_STATEMENTS = 512  # the text of an insert varies with the size of its group
+WAL_BYTES_KEPT = 8 * 1024 * 1024  # twice what a checkpoint finds: cut after a reader made it grow
 
 
 @contextmanager
@@ -141,6 +142,7 @@ def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
             connection.execute("PRAGMA query_only = ON")
             return connection
         connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_KEPT}")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = OFF")
     except BaseException:
@@ -171,6 +173,7 @@ def note_end(connection: sqlite3.Connection, mark: tuple[str, int] | None) -> bo
     if mark is None:
         return False
     log_id, seq = mark
+    _mend_name(connection, log_id)
     found = connection.execute(
         "SELECT l.ordinal, max(l.last_seq, coalesce((SELECT max(seq) FROM places WHERE log ="
         " l.ordinal), 0), iif(l.ordinal = t.log, t.last_seq, 0)) FROM logs l, totals t"
@@ -193,6 +196,18 @@ def note_end(connection: sqlite3.Connection, mark: tuple[str, int] | None) -> bo
         "UPDATE logs SET last_seq = ?, lost = lost + ? WHERE ordinal = ?", (seq, seq - end, ordinal)
     )
     return True
+
+
+def _mend_name(connection: sqlite3.Connection, marked: str) -> None:
+    """Give a log its name back, where one bit of it turned over in the file.
+
+    Names are random: none is a bit away from another by chance. The mark has its own checksum.
+    """
+    known = connection.execute("SELECT ordinal, log_id FROM logs").fetchall()
+    for ordinal, log_id in known:
+        differing = int.from_bytes(log_id.encode()) ^ int.from_bytes(marked.encode())
+        if differing.bit_count() == 1:
+            connection.execute("UPDATE logs SET log_id = ? WHERE ordinal = ?", (marked, ordinal))
 
 
 def identify(

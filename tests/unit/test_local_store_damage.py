@@ -16,6 +16,7 @@ import pytest
 
 from local_store import CommitUnknown, Insert, LocalStore, Update
 from local_store.clock import ManualClock, new_id
+from local_store.door import canonical_uuid
 from local_store.schema import CONTENT, STATUS, seal
 from syncer.testkit.disk_faults import flip_bits
 from tests.unit.buffer_tables import TABLES, USER, add, settle_all, waiting
@@ -190,6 +191,28 @@ def test_with_the_names_of_the_logs_unreadable_the_mark_names_the_newest(tmp_pat
         assert [txn.ops[0].id for txn in store.undelivered()] == ids
         assert {txn.log_id for txn in store.undelivered()} == {log_id}
         assert store.damage() == {"quarantined": 0, "lost": 0, "files": ["1"]}
+
+
+def test_a_log_whose_name_turned_into_another_valid_one_gets_it_back_from_the_mark(tmp_path: Path):
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        ids = [add(store, text=str(n)) for n in range(3)]
+        log_id = store.log_id
+    flips = 0
+    for bit in range(len(log_id) * 8):
+        turned = bytearray(log_id.encode())
+        turned[bit // 8] ^= 1 << bit % 8
+        if canonical_uuid(turned.decode("latin-1")) is None:
+            continue  # that it is damaged can be seen
+        flips += 1
+        sql(tmp_path, "UPDATE logs SET log_id = ?", turned.decode())
+        with LocalStore.open(tmp_path, tables=TABLES) as store:
+            assert store.log_id == log_id
+            assert [txn.ops[0].id for txn in waiting(store)] == ids
+            assert {txn.log_id for txn in waiting(store)} == {log_id}
+            assert store.damage() == {"quarantined": 0, "lost": 0, "files": []}
+    assert flips > 32
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        assert store.write([Insert("notes", {})], user_id=USER).seq == 4
 
 
 def test_a_deleted_write_ahead_log_is_counted_as_loss_and_nothing_is_given_out_twice(

@@ -184,12 +184,55 @@ def test_a_store_from_before_a_fork_refuses_in_the_child_and_works_in_the_parent
                 with pytest.raises(StoreClosed, match="fork"):
                     call()
             store.close()
-            with LocalStore.open(tmp_path, tables=TABLES) as own:
-                add(own)
 
         assert in_fork(child) == 0
         add(store)
-        assert [txn.seq for txn in waiting(store)] == [1, 2, 3]
+        assert [txn.seq for txn in waiting(store)] == [1, 2]
+
+
+def test_a_child_can_not_open_what_was_open_at_the_fork_and_loses_nothing_by_it(tmp_path: Path):
+    """It would believe in its parent's locks, and lose what it wrote when the parent closes."""
+    store = LocalStore.open(tmp_path, tables=TABLES)
+    add(store)
+
+    def child() -> None:
+        with pytest.raises(StoreClosed, match="forked"):
+            LocalStore.open(tmp_path, tables=TABLES)
+        with LocalStore.open(tmp_path / "another", tables=TABLES) as own:
+            add(own)
+
+    assert in_fork(child) == 0
+    add(store)
+    assert [txn.seq for txn in waiting(store)] == [1, 2]
+    store.close()
+
+
+def test_parent_and_child_both_write_when_each_opens_after_the_fork(tmp_path: Path):
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        add(store)
+    told, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with LocalStore.open(tmp_path, tables=TABLES) as own:
+                for _ in range(100):
+                    add(own)
+                os.read(told, 1)  # until the parent has closed
+                for _ in range(100):
+                    add(own)
+            os._exit(0)
+        except BaseException:
+            os._exit(99)
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        for _ in range(200):
+            add(store)
+    os.write(tell, b"x")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(told)
+    os.close(tell)
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        assert [txn.seq for txn in waiting(store)] == list(range(1, 402))
+        assert store.damage()["lost"] == 0
 
 
 class Gate(SystemClock):
