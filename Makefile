@@ -45,7 +45,8 @@ bench: $(STAMP)
 	@$(BIN)/python -m benchmarks
 
 soak: $(STAMP)
-	@SIMULATION_HISTORIES=2000 SIMULATION_SEED=$${SEED:-100000} $(PYTEST) tests/simulation
+	@SIMULATION_HISTORIES=2000 SIMULATION_SEED=$${SEED:-100000} $(PYTEST) tests/simulation/test_histories.py
+	@SIMULATION_HISTORIES=50000 SIMULATION_SEED=$${SEED:-100000} $(PYTEST) --timeout 7200 tests/simulation/test_simulation.py
 	@CONTRACT_HISTORIES=1000 CONTRACT_SEED=$${SEED:-100000} $(PYTEST) tests/contract
 	@HISTORY_EXAMPLES=5000 $(PYTEST) --timeout 3600 tests/unit/test_history.py
 	@POWER_LOSS_IMAGES=1500 POWER_LOSS_SEED=$${SEED:-100000} $(PYTEST) --timeout 3600 tests/unit/test_power_loss.py

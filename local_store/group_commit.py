@@ -185,22 +185,19 @@ class GroupCommit(Generic[Item, Result]):
 
     def _lead(self, own: _Thread[Item, Result] | None = None) -> None:
         """Commit one group, then pass the lead on: a caller isn't kept for others' work."""
-        self._gather()
-        group = self._take()
-        began = self._monotonic()
-        outcomes = self._outcomes([waiter.item for waiter in group])
-        self._expected = len(group)
-        self._patience_s = min(self._patience_max_s, PATIENCE * (self._monotonic() - began))
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Result], object]]] = {}
-        for waiter, outcome in zip(group, outcomes, strict=True):
-            if isinstance(waiter, _Coroutine):
-                by_loop.setdefault(waiter.loop, []).append((waiter.future, outcome))
-            else:
-                waiter.outcome = outcome
-                if waiter is not own:
-                    waiter.wake()
-        for loop, answers in by_loop.items():
-            _tell(loop, answers)
+        group: list[_Thread[Item, Result] | _Coroutine[Item, Result]] = []
+        try:
+            self._gather()
+            self._take(group)
+            began = self._monotonic()
+            outcomes = self._outcomes([waiter.item for waiter in group])
+            self._expected = len(group)
+            self._patience_s = min(self._patience_max_s, PATIENCE * (self._monotonic() - began))
+            _answer(group, outcomes, own)
+        except BaseException as error:  # a signal between two lines: nobody may wait for ever
+            _answer(group, [error] * len(group), own)
+            self._hand_over()
+            raise
         # Before anything that gives up the interpreter: those just woken would all go first.
         self._hand_over()
         try:
@@ -220,8 +217,7 @@ class GroupCommit(Generic[Item, Result]):
                 self._gathered.acquire()
             self._gathering = False
 
-    def _take(self) -> list[_Thread[Item, Result] | _Coroutine[Item, Result]]:
-        group: list[_Thread[Item, Result] | _Coroutine[Item, Result]] = []
+    def _take(self, group: list[_Thread[Item, Result] | _Coroutine[Item, Result]]) -> None:
         size_bytes = 0
         with self._mutex:
             while self._waiting and len(group) < GROUP_MAX:
@@ -229,7 +225,6 @@ class GroupCommit(Generic[Item, Result]):
                 if group and size_bytes > GROUP_BYTES_MAX:
                     break
                 group.append(self._waiting.popleft())
-        return group
 
     def _outcomes(self, items: Sequence[Item]) -> Sequence[Result | BaseException]:
         try:
@@ -253,6 +248,24 @@ class GroupCommit(Generic[Item, Result]):
                 return
             following.leads = True
         following.wake()
+
+
+def _answer(
+    group: Sequence[_Thread[Item, Result] | _Coroutine[Item, Result]],
+    outcomes: Sequence[Result | BaseException],
+    own: _Thread[Item, Result] | None,
+) -> None:
+    """Tell each of a group how it went; who was told already keeps that answer."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Result], object]]] = {}
+    for waiter, outcome in zip(group, outcomes, strict=True):
+        if isinstance(waiter, _Coroutine):
+            by_loop.setdefault(waiter.loop, []).append((waiter.future, outcome))
+        elif waiter.outcome is None:
+            waiter.outcome = outcome
+            if waiter is not own:
+                waiter.wake()
+    for loop, answers in by_loop.items():
+        _tell(loop, answers)
 
 
 def _tell(

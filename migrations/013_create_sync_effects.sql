@@ -176,8 +176,10 @@ begin
     end);
 end $$;
 
--- The base that an unfinished predecessor was made on, followed back through what is parked; null
--- when it inserted the row. Only deletes ask: they pass what is parked on their rows.
+-- The base that an unfinished predecessor was made on, followed back through what is parked to what
+-- was applied; {"never": true} when it inserted the row, null when there is no such predecessor.
+-- Only deletes ask: they pass what is parked on their rows. A version that the ledger has forgotten
+-- is one that no row has: the delete is a conflict then, and keeps nobody else waiting.
 create or replace function sync.parked_base(p_after jsonb, p_user uuid, p_key text) returns jsonb
 language plpgsql stable set search_path = '' as $$
 declare
@@ -190,11 +192,14 @@ begin
       and (o ->> 'table') || '/' || (o ->> 'id') = p_key
     order by p.parked_at desc, x.n limit 1;
   if not found then
-    return null;
+    return (select jsonb_build_object('base', l.versions ->> p_key) from sync.ledger l
+      where l.txn_id in (select a::uuid from jsonb_array_elements_text(p_after) a)
+        and l.user_id = p_user and l.versions ? p_key
+      order by l.seq desc limit 1);
   elsif v_found.kind = 'insert' then
     return '{"never": true}';
   elsif v_found.base = 'chained' then
-    return sync.parked_base(v_found.after, p_user, p_key);
+    return coalesce(sync.parked_base(v_found.after, p_user, p_key), '{"base": "-infinity"}');
   end if;
   return jsonb_build_object('base', v_found.base);
 end $$;

@@ -29,6 +29,7 @@ from syncer.core.sorting import (
     evidence_of,
     needs_person,
     park_of,
+    parked_before,
     rewritten_for,
     sort_out,
 )
@@ -46,6 +47,7 @@ from syncer.settings import Settings
 
 Stopped = Literal["empty", "budget", "outage", "auth", "schema"]
 
+BEHIND_PARKED_S = 1.0  # until what precedes it is parked, which is on its way
 SPOILT_RETRY_S = 3_600.0  # what spoils every call is tried again when a limit may have been raised
 TURN_WAIT_S = 0.2  # about one batch: another process is flushing the folder
 
@@ -223,7 +225,11 @@ class Flusher:
         freed = {outcome.txn_id for outcome in found.outcomes}
         for transaction, rows in found.met:
             # Rows that come with something final needn't have been changed by anybody else.
-            self._meet(transaction, rows, () if transaction.txn_id in freed else rows)
+            is_free = transaction.txn_id in freed
+            blocker = self._meet(transaction, rows, () if is_free else rows)
+            if blocker is not None and not is_free:
+                held = Outcome(transaction.txn_id, "held", retry_after_s=BEHIND_PARKED_S)
+                found.waiting.append((transaction, held, blocker))
         if found.forked:
             self._store.start_new_log(found.forked)
         return found
@@ -233,11 +239,12 @@ class Flusher:
         transaction: PendingTransaction,
         rows: Mapping[str, Row | None],
         moved: Collection[str],
-    ) -> None:
+    ) -> str | None:
         """Merge all that is pending on some rows with what stands there, in one local transaction.
 
         What a policy leaves to a person is marked in the same transaction: sent as it is, it would
-        overwrite the row that it was just rebased on.
+        overwrite the row that it was just rebased on. Returns the parked transaction behind which
+        this one couldn't be merged: sent again as it is, it would meet the same row for ever.
         """
         keys = [(table, id_) for table, _, id_ in (key.partition("/") for key in rows)]
         keys += [(op.table, op.id) for op in transaction.ops]
@@ -246,7 +253,9 @@ class Flusher:
             merged = merge(self._store.tables, chains.transactions, rows, moved=moved)
             rewritten, gone = rewritten_for(self._store.tables, chains, merged, rows)
             if self._store.rebase(chains, rewritten, {**gone, **rows}):
-                return  # else a write came between: merge with that one too
+                is_same = all(item.txn_id != transaction.txn_id for item in rewritten)
+                return parked_before(chains, transaction, rows) if is_same else None
+            # else a write came between: merge with that one too
 
     def _behind(self, found: Sorted) -> list[Park]:
         """Sort out what waits: behind parked work it is parked too, else it stays here."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, assert_never
@@ -104,6 +104,20 @@ def needs_person(transaction: PendingTransaction) -> bool:
     It must not be sent as it is: what it builds on was rebased, so it would overwrite their change.
     """
     return any(record["outcome"] == "manual" for record in transaction.records)
+
+
+def parked_before(
+    chains: Chains, transaction: PendingTransaction, keys: Collection[str]
+) -> str | None:
+    """Return the last transaction before this one on the rows that is parked or will be."""
+    blocker = None
+    for item in chains.transactions:
+        if item.txn_id == transaction.txn_id:
+            break
+        waits = item.parked or any(record["outcome"] == "manual" for record in item.records)
+        if waits and any(f"{op.table}/{op.id}" in keys for op in item.ops):
+            blocker = item.txn_id
+    return blocker
 
 
 def rewritten_for(

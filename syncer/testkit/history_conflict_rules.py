@@ -65,13 +65,17 @@ def _follows_a_failure(facts: Facts, txn: Transaction, log_id: str, key: Key) ->
 
 
 def _part_of_base(facts: Facts, change: Effect, txn: Transaction, log_id: str) -> bool:
-    """True when the change is part of what `txn` was made on."""
+    """True when the change is part of what `txn` was made on.
+
+    That an own earlier change came after it on the server proves nothing where reads are recorded:
+    unless its log had seen the change, it was merged past it on its way.
+    """
     for seen in facts.seen_by(txn, change.key):
         newer = compare_versions(seen.version, change.version)
         if seen.log_id == log_id and seen.at < txn.begin and newer is not None and newer >= 0:
             return True
     return any(
-        own.happened == "yes" and facts.before(change, own)
+        own.happened == "yes" and facts.before(change, own) and not facts.reads_recorded
         for own in _own_before(facts, txn, log_id, change.key)
     )
 
@@ -87,10 +91,30 @@ def overwritten(facts: Facts) -> Iterator[Finding]:
         last = _last_words(facts, spec, key, losers)
         for winner in done:
             direct = winner.kind != "insert" and winner.via is None
-            if direct and winner.txn is not None and not facts.decided_by_person(winner.txn):
+            gave_way = _gave_way(facts, winner)
+            decided = facts.decided_by_person(winner.txn)
+            if direct and winner.txn is not None and not gave_way and not decided:
                 yield from _overwritten_by(facts, spec, winner, winner.txn, losers, last)
         if facts.cascades_recorded:
             yield from _taken_along(facts, key)
+
+
+def _gave_way(facts: Facts, winner: Effect) -> bool:
+    """Tell whether a delete came to nothing, and a record says so."""
+    return winner.kind == "delete" and any(
+        winner.txn is not None and record.txn_id == winner.txn.txn_id and record.outcome == "remote"
+        for record in facts.records.get(winner.key, ())
+    )
+
+
+def _ended_otherwise(facts: Facts, loser: Effect) -> bool:
+    """Tell whether a delete by SQL, or one of its own log, may have taken a change along."""
+    return any(
+        change.kind == "delete"
+        and (change.txn is None or loser.txn is None or not foreign(loser, change.txn))
+        and not facts.before(change, loser)
+        for change in facts.on(loser.key, "yes")
+    )
 
 
 LastWords = Mapping[str, tuple[Effect, Sequence[Effect]]]
@@ -121,7 +145,7 @@ def _overwritten_by(
     last: LastWords,
 ) -> Iterator[Finding]:
     for loser in losers:
-        if _knew(facts, txn, loser) or not foreign(loser, txn):
+        if _knew(facts, txn, loser) or not foreign(loser, txn) or _ended_otherwise(facts, loser):
             continue
         ordered = facts.before(loser, winner)
         for column, value in loser.values.items():

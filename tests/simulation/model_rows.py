@@ -16,7 +16,7 @@ Key = tuple[str, str]
 
 @dataclass(slots=True)
 class ServerRow:
-    """One row as the server holds it."""
+    """One row as the server holds it: replaced, never changed, so that copied dicts undo."""
 
     user_id: str
     values: Row
@@ -84,8 +84,8 @@ class ModelRows:
 
     def update_row(self, op: Row, row: ServerRow) -> None:
         if not op["values"].items() <= row.values.items():
-            row.values = {**row.values, **op["values"]}
-            row.version = self._tick()
+            changed = ServerRow(row.user_id, {**row.values, **op["values"]}, self._tick())
+            self.rows[op["table"], op["id"]] = changed
 
     def delete_row(self, key: Key) -> None:
         self.tombstones[key] = self.rows.pop(key).user_id
@@ -132,8 +132,8 @@ class ModelRows:
         row = self.rows.get((table, row_id))
         if row is None:
             return
-        row.values = {**row.values, **values}
-        row.version = self._tick()
+        changed = ServerRow(row.user_id, {**row.values, **values}, self._tick())
+        self.rows[table, row_id] = changed
 
     def version(self, table: str, row_id: str) -> str | None:
         """Return a row's version, None when there is none."""
@@ -147,11 +147,20 @@ class ModelRows:
     def _shown(self, key: Key, row: ServerRow) -> Row:
         spec = self.tables[key[0]]
         return {
+            **self.defaults(key[0], row.values),
             **row.values,
             spec.key: key[1],
             spec.owner: row.user_id,
             spec.version: row.version,
         }
+
+    def defaults(self, table: str, given: Row) -> Row:
+        """Return what a row has in the columns that nobody gave: nothing, where that may be."""
+        spec = self.tables[table]
+        apart = (spec.key, spec.owner, spec.version, *given, *spec.server_owned)
+        return dict.fromkeys(
+            column for column, rule in spec.columns.items() if rule.nullable and column not in apart
+        )
 
     def _seen(self, name: str, user_id: str) -> Row | None:
         table, row_id = name.split("/", 1)

@@ -11,10 +11,9 @@ tests/contract compares it with the real RPC. The rules, in the order they apply
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from local_store.ops import Row, TableSpec
 from syncer.core.batch import Batch
@@ -35,7 +34,7 @@ NEVER = object()
 """The base of a row that only a parked insert would have made."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class LedgerEntry:
     """What the server remembers of an applied transaction."""
 
@@ -46,7 +45,7 @@ class LedgerEntry:
     versions: dict[str, str | None]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class ParkedEntry:
     """A transaction that a person or an event must free."""
 
@@ -177,7 +176,9 @@ class RemoteModel(ModelRows):
 
     def apply(self, p_batch: Row) -> Row:
         """Apply a batch as one database transaction: a protocol error leaves no trace of it."""
-        saved = copy.deepcopy((self.rows, self.ledger, self.logs, self.parked, self.tombstones))
+        saved = [
+            dict(part) for part in (self.rows, self.ledger, self.logs, self.parked, self.tombstones)
+        ]
         log_id = p_batch["log_id"]
         self.logs[log_id] = max(self.logs.get(log_id, 0), p_batch["acknowledged_seq"])
         chain: dict[str, str | None] = {}
@@ -275,7 +276,7 @@ class RemoteModel(ModelRows):
             if predecessor in self.ledger:
                 for key, version in self.ledger[predecessor].versions.items():
                     chain.setdefault(key, version)
-        saved, tombstones = copy.deepcopy(self.rows), dict(self.tombstones)
+        saved, tombstones = dict(self.rows), dict(self.tombstones)
         try:
             versions = self._effects(item, chain)
         except Refusal as refusal:
@@ -291,7 +292,12 @@ class RemoteModel(ModelRows):
             self.ledger[item["txn_id"]] = LedgerEntry(
                 log_id, item["seq"], item["user_id"], item["digest"], versions
             )
-        return {**told, "verdict": "applied", "versions": versions}
+        left = {
+            f"{op['table']}/{op['id']}": self.defaults(op["table"], op["values"])
+            for op in item["ops"]
+            if op["kind"] == "insert"
+        }
+        return {**told, "verdict": "applied", "versions": versions, "rows": left}
 
     def _supersede(self, item: Row) -> None:
         """Let a delete take its author's parked work on the deleted rows with it."""
@@ -299,9 +305,9 @@ class RemoteModel(ModelRows):
         if not deletes:
             return
         gone = deletes | self._deleted
-        for parked in self.parked.values():
+        for txn_id, parked in list(self.parked.items()):
             if parked.item["user_id"] == item["user_id"] and parked.keys(self.tables) & gone:
-                parked.state = "superseded"
+                self.parked[txn_id] = replace(parked, state="superseded")
 
     def _effects(self, item: Row, chain: Mapping[str, str | None]) -> dict[str, str | None]:
         self._check_bases(item, chain)
@@ -389,8 +395,13 @@ class RemoteModel(ModelRows):
                 if op["kind"] == "insert":
                     return (NEVER,)
                 if op["base"] == CHAINED:
-                    return self._parked_base(parked.item["after"], user_id, name)
+                    found = self._parked_base(parked.item["after"], user_id, name)
+                    return found or ("-infinity",)  # forgotten: a version that no row has
                 return (op["base"],)
+        for predecessor in after:
+            entry = self.ledger.get(predecessor)
+            if entry is not None and entry.user_id == user_id and name in entry.versions:
+                return (entry.versions[name],)
         return None
 
 

@@ -166,6 +166,33 @@ def test_a_delete_of_a_row_that_only_a_dead_insert_made_is_applied(db, user):
     assert parked_states(db, first) == ["superseded"]
 
 
+def test_a_delete_behind_a_dead_change_of_an_applied_row_finds_that_row(db, user):
+    row_id = new()
+    made = db.transaction(user, insert("sessions", row_id, metadata={}))
+    bad = db.transaction(
+        user, update("sessions", row_id, "chained", status="poison"), after=[made["txn_id"]]
+    )
+    assert kinds(db.send(made, bad)) == ["applied", "rejected"]
+    assert kinds(park(db, dead(bad))) == ["parked"]
+    gone = db.transaction(user, delete("sessions", row_id, "chained"), after=[bad["txn_id"]])
+    assert kinds(db.send(gone)) == ["applied"]
+    assert db.one("select count(*) from public.sessions where id = %s", row_id) == 0
+
+
+def test_a_delete_whose_ground_the_ledger_forgot_is_a_conflict_and_stops_nobody(db, user):
+    row_id = new()
+    made = db.transaction(user, insert("sessions", row_id, metadata={}))
+    bad = db.transaction(
+        user, update("sessions", row_id, "chained", status="poison"), after=[made["txn_id"]]
+    )
+    db.send(made, bad)
+    park(db, dead(bad))
+    db.one("delete from sync.ledger where txn_id = %s returning 1", made["txn_id"])
+    gone = db.transaction(user, delete("sessions", row_id, "chained"), after=[bad["txn_id"]])
+    other = db.transaction(user, insert("sessions", new(), metadata={}))
+    assert kinds(db.send(gone, other)) == ["conflict", "applied"]
+
+
 def test_a_strangers_delete_supersedes_nothing(db, user, stranger):
     _, first = poison(db, user)
     theirs = db.session(stranger)

@@ -286,6 +286,31 @@ def test_edits_on_a_row_in_conflict_wait_behind_it(store, flusher, server):
     assert server.rows["notes", row_id].values["text"] == "theirs"
 
 
+def test_a_delete_behind_a_conflict_that_meets_another_change_waits_there(store, flusher, server):
+    """It can't be merged while a person decides; sent again and again it kept the line busy."""
+    row_id = note(store, "base")
+    flusher.flush_once()
+    server.edit("notes", row_id, text="theirs")
+    store.write([Update("notes", row_id, {"text": "mine"})], user_id=USER)
+    drain(flusher, ManualClock(), budget_s=10)
+    server.edit("notes", row_id, text="theirs again")
+    receipt = store.write([Delete("notes", row_id)], user_id=USER)
+    flusher.flush_once()
+    assert store.state(receipt.txn_id) == server.parked[receipt.txn_id].state == "held"
+    assert store.stats()["pending"] == 0
+    assert flusher.flush_once().stopped == "empty"
+    assert server.rows["notes", row_id].values["text"] == "theirs again"
+
+
+def test_a_delete_behind_a_refused_change_of_an_applied_row_is_applied(store, flusher, server):
+    row_id = note(store, "base")
+    store.write([Update("notes", row_id, {"text": "poison"})], user_id=USER)
+    flusher.flush_once()  # both in one batch: the second one builds on the first
+    store.write([Delete("notes", row_id)], user_id=USER)
+    assert flusher.flush_once().applied == 1
+    assert ("notes", row_id) not in server.rows
+
+
 def test_insert_update_and_delete_of_one_row_in_the_buffer_end_with_nothing(store, flusher, server):
     row_id = note(store)
     store.write([Insert("comments", {"note_id": row_id, "text": "c"})], user_id=USER)

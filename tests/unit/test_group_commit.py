@@ -308,3 +308,28 @@ def test_a_leader_waits_a_little_for_those_who_were_in_the_last_group():
     finish(leader + threads)
     front.close()
     assert sizes == [1, 8, 8, 8, 8, 8]
+
+
+def test_a_signal_between_two_lines_of_the_leader_keeps_nobody_waiting_for_ever():
+    """Ctrl-C may strike anywhere: after the group was taken, before it was committed."""
+    looks = iter([KeyboardInterrupt()])
+
+    def monotonic() -> float:
+        error = next(looks, None)
+        if error is not None:
+            raise error
+        return 0.0
+
+    group: GroupCommit[Plain, str] = GroupCommit(
+        lambda items: [item.name for item in items], lambda: None, monotonic
+    )
+    with pytest.raises(KeyboardInterrupt):
+        group.submit(Plain("first"))
+    assert group.submit(Plain("second")) == "second"
+    group.close()
+
+
+@dataclass
+class Plain:
+    name: str
+    size_bytes: int = 1

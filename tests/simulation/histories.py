@@ -1,0 +1,115 @@
+"""Run histories by seed, on two cores; make a failing one short; print how to run it again.
+
+python -m tests.simulation.histories --histories 5000 [--first 1] [--jobs 2]
+python -m tests.simulation.histories --first 17 --histories 1 [--only 3,7,9]
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+from local_store import LocalStore
+from local_store.clock import SystemClock
+from tests.simulation.machine import Image, image_of, restore
+from tests.simulation.world import PLANNED, TABLES, Report, World
+
+CLOCK = SystemClock()
+CONTAINERS = 2
+PLAN = tuple(range(PLANNED))
+
+
+def run(seed: int, plan: Sequence[int] = PLAN) -> Report:
+    """Run one history from its seed; the same plan gives the same trace."""
+    folders = _folders()
+    for folder, image in folders.items():
+        restore(folder, image)
+    return World(seed, list(folders)).run(plan)
+
+
+@cache
+def _folders() -> dict[Path, Image]:
+    """Make this process's folders, and an image of each as it is when nothing was written yet.
+
+    The same files serve every history: opening a fresh one costs more than a history may.
+    """
+    root = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    made = {}
+    for number in range(CONTAINERS):
+        folder = root / str(number)
+        LocalStore.open(folder, tables=TABLES).close()
+        made[folder] = image_of(folder)
+    return made
+
+
+def shortened(seed: int, plan: Sequence[int] = PLAN) -> tuple[int, ...]:
+    """Return as few of the steps as still fail in the same way, left out part by part."""
+    kinds = {finding.partition(":")[0] for finding in run(seed, plan).findings}
+    kept, width = list(plan), max(1, len(plan) // 2)
+    while width:
+        start = 0
+        while start < len(kept):
+            tried = kept[:start] + kept[start + width :]
+            found = {finding.partition(":")[0] for finding in run(seed, tried).findings}
+            if found & kinds:
+                kept = tried
+            else:
+                start += width
+        width //= 2
+    return tuple(kept)
+
+
+def run_all(seeds: Sequence[int], jobs: int) -> Iterator[Report]:
+    """Run histories in processes; in any order."""
+    if jobs == 1:
+        yield from map(run, seeds)
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        yield from pool.imap_unordered(run, seeds, chunksize=20)
+
+
+def main() -> None:
+    """Run, report, and exit with 1 when a history failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--histories", type=int, default=1_000)
+    parser.add_argument("--first", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", help="the numbers of the steps to take, from a shortened history")
+    given = parser.parse_args()
+    if given.only is not None:
+        report = run(given.first, [int(number) for number in given.only.split(",")])
+        print("\n".join([report.trace, *report.findings]))
+        sys.exit(bool(report.findings))
+    began, reports = CLOCK.monotonic(), []
+    for report in run_all(range(given.first, given.first + given.histories), given.jobs):
+        reports.append(report)
+        if len(reports) % 500 == 0:
+            print(f"  {len(reports)} histories", flush=True)
+    took = CLOCK.monotonic() - began
+    count = len(reports)
+    print(
+        f"{count} histories in {took:.1f} s ({count / took:.0f}/s);"
+        f" mean {sum(r.steps for r in reports) / count:.0f} steps,"
+        f" {sum(r.crashes for r in reports) / count:.1f} crashes"
+        f" (at least {min(r.crashes for r in reports)}),"
+        f" {sum(r.conflicts for r in reports) / count:.1f} conflicts"
+        f" ({sum(r.conflicts == 0 for r in reports)} without)"
+    )
+    failed = sorted((r for r in reports if r.findings), key=lambda r: r.seed)
+    for report in failed[:5]:
+        only = ",".join(map(str, shortened(report.seed)))
+        print(f"seed {report.seed} fails: {report.findings[0]}")
+        print(f"  python -m tests.simulation.histories --first {report.seed} --only {only}")
+    if failed:
+        print(f"{len(failed)} failed: {[report.seed for report in failed[:50]]}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

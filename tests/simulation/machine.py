@@ -1,0 +1,286 @@
+"""A container on memory-backed files that can be killed between any two steps, and a network.
+
+A kill leaves what was written: the folder's bytes are taken at that very moment and put back in
+place, into the same files, after the dead process's handles are gone. A power loss leaves what was
+synced: the bytes of the last moment at which the buffer had acknowledged something.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from local_store import LocalStore
+from local_store.clock import ManualClock
+from local_store.ops import Row, TableSpec
+from syncer.core.batch import Batch
+from syncer.core.verdict import Verdict
+from syncer.core.wire import Park
+from syncer.errors import RemoteUnavailable, ReplyTimedOut, Throttled
+from syncer.flusher import Flusher, FlushLimits
+from syncer.remote import SeqRange, TableRead
+from tests.simulation.remote_model import RemoteModel
+
+Image = dict[str, bytes]
+_SHARED_MEMORY = "-shm"  # made anew by the first who opens the file
+
+
+class Crash(BaseException):
+    """The process at these edges ends here; nothing may catch it but the world."""
+
+    def __init__(self, edges: Edges) -> None:
+        super().__init__()
+        self.edges = edges
+
+
+def image_of(folder: Path) -> Image:
+    """Return the bytes of a folder's files."""
+    return {
+        entry.name: Path(entry.path).read_bytes()
+        for entry in os.scandir(folder)
+        if entry.is_file() and not entry.name.endswith(_SHARED_MEMORY)
+    }
+
+
+def restore(folder: Path, image: Image) -> None:
+    """Put a folder's bytes back into the same files, so that they keep their identity."""
+    for entry in list(os.scandir(folder)):
+        if entry.is_dir():
+            shutil.rmtree(entry.path)
+        elif entry.name not in image:
+            os.unlink(entry.path)
+    for name, content in image.items():
+        descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.pwrite(descriptor, content, 0)
+            os.ftruncate(descriptor, len(content))
+        finally:
+            os.close(descriptor)
+
+
+@dataclass
+class Edges:
+    """Every place at which the world can change between two actions of a container.
+
+    `count` grows with each; when `left` reaches zero the process ends there.
+    """
+
+    tell: Callable[[str], None]
+    die: Callable[[], None]
+    left: int = -1
+
+    def pass_by(self, name: str) -> None:
+        """Go on, or end here."""
+        if self.left > 0:
+            self.left -= 1
+            if self.left == 0:
+                self.left = -1
+                self.tell(f"crash at {name}")
+                self.die()
+                raise Crash(self)
+
+
+class EdgeClock:
+    """The world's clock as one container sees it: each look at it is an edge."""
+
+    def __init__(self, clock: ManualClock, edges: Edges) -> None:
+        self._clock, self._edges = clock, edges
+
+    def now(self) -> datetime:
+        """Return the world's moment."""
+        self._edges.pass_by("a look at the clock")
+        return self._clock.now()
+
+    def monotonic(self) -> float:
+        """Return the world's seconds."""
+        self._edges.pass_by("a look at the clock")
+        return self._clock.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Let the world's time pass."""
+        self._clock.advance(seconds)
+
+
+@dataclass
+class Network:
+    """The way to the modelled server: it refuses, loses, delays, repeats, by the world's dice.
+
+    `step` hears of each thing that happens; `late` holds requests that arrive after their caller
+    gave up, in any order.
+    """
+
+    server: RemoteModel
+    dice: Random
+    step: Callable[[str], None]
+    trouble: float = 0.3
+    late: list[Callable[[], object]] = field(default_factory=list)
+    conflicts: int = 0
+
+    def call(self, name: str, edges: Edges, ask: Callable[[], Any]) -> Any:
+        """Carry one request to the server and its reply back."""
+        self.step(f"{name} sent")
+        edges.pass_by(f"{name} sent")
+        fate = self.dice.random() / self.trouble if self.trouble else 1.0
+        if fate < 0.25:
+            self.step(f"{name} refused")
+            raise self.dice.choice([RemoteUnavailable("refused"), Throttled("later")])
+        if fate < 0.45:
+            self.step(f"{name} delayed")
+            self.late.append(ask)
+            raise ReplyTimedOut("no answer in time")
+        reply = ask()
+        self.step(f"{name} arrived")
+        edges.pass_by(f"{name} arrived")
+        if fate < 0.6:
+            self.step(f"{name} arrived twice")
+            reply = ask()
+        if fate < 0.85:
+            self.step(f"{name} reply lost")
+            raise ReplyTimedOut("the reply was lost")
+        self.step(f"{name} answered")
+        edges.pass_by(f"{name} answered")
+        return reply
+
+    def deliver_late(self) -> None:
+        """Let one delayed request arrive, after newer ones perhaps; nobody hears the reply."""
+        if self.late:
+            ask = self.late.pop(self.dice.randrange(len(self.late)))
+            with suppress(Exception):  # what the server would have answered
+                ask()
+
+
+@dataclass
+class Line:
+    """One container's `Remote`: the model behind the network."""
+
+    network: Network
+    edges: Edges
+
+    def apply_batch(self, batch: Batch) -> tuple[Verdict, ...]:
+        """Deliver a batch through the network."""
+
+        def ask() -> tuple[Verdict, ...]:
+            found = self.network.server.apply_batch(batch)
+            self.network.conflicts += sum(verdict.kind == "conflict" for verdict in found)
+            return found
+
+        verdicts: tuple[Verdict, ...] = self.network.call("batch", self.edges, ask)
+        return verdicts
+
+    def park(
+        self, log_id: str, acknowledged_seq: int, parks: Sequence[Park]
+    ) -> tuple[Verdict, ...]:
+        """Hand over through the network."""
+        verdicts: tuple[Verdict, ...] = self._call("park", "park", log_id, acknowledged_seq, parks)
+        return verdicts
+
+    def read(
+        self, user_id: str, reads: Sequence[TableRead], *, timeout_s: float | None = None
+    ) -> list[list[Row]]:
+        """Read through the network."""
+        rows: list[list[Row]] = self._call("read", "read", user_id, reads)
+        return rows
+
+    def audit(self, log_id: str | None = None, *, after_seq: int = 0, limit: int = 5_000) -> Row:
+        """Ask the model directly: an audit is looked at when all is quiet."""
+        return self.network.server.audit(log_id, after_seq=after_seq, limit=limit)
+
+    def settled(self, ranges: Sequence[SeqRange]) -> list[bool]:
+        """Ask through the network."""
+        told: list[bool] = self._call("settled", "settled", ranges)
+        return told
+
+    def _call(self, name: str, method: str, *given: Any) -> Any:
+        ask = getattr(self.network.server, method)
+        return self.network.call(name, self.edges, lambda: ask(*given))
+
+
+class Container:
+    """One buffer with its flusher, on a folder that outlives both."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tables: Sequence[TableSpec],
+        clock: ManualClock,
+        network: Network,
+        dice: Random,
+    ) -> None:
+        self.folder, self._tables, self._dice = folder, tables, dice
+        self.edges = Edges(network.step, self._die)
+        self._clock = EdgeClock(clock, self.edges)
+        self.line = Line(network, self.edges)
+        self._last: Image = {}
+        self._synced: Image | None = None
+        self.power_fails = False
+        self.crashes = 0
+        self.open()
+
+    def open(self) -> None:
+        """Start the process: open the folder as it is."""
+        self.store = LocalStore.open(
+            self.folder, tables=self._tables, clock=self._clock, ids=self._new_id
+        )
+        limits = FlushLimits(batch_ops_max=self._dice.choice([1, 3, 20]))
+        self.flusher = Flusher(
+            self.store, self.line, limits=limits, clock=self._clock, jitter=self._dice.random
+        )
+
+    def arm(self, edges: int, *, power_fails: bool) -> None:
+        """Let the process end after so many edges."""
+        self.edges.left, self.power_fails = edges, power_fails
+        self._synced = image_of(self.folder) if power_fails else None
+
+    def acknowledged(self) -> None:
+        """Remember what a power loss from here on leaves: all that was written is synced now."""
+        if self.power_fails and self.edges.left > 0:
+            self._synced = image_of(self.folder)
+
+    def crash(self) -> None:
+        """End the process between two actions."""
+        self.edges.left = -1
+        self._die()
+        self.rise()
+
+    def rise(self) -> None:
+        """Start again on what the dead process left; it may die again over that."""
+        while True:
+            self.crashes += 1
+            with suppress(Exception):
+                self.store.close()  # its handles; what it writes by that is undone
+            restore(self.folder, self._last)
+            try:
+                self.open()
+                return
+            except Crash:
+                continue
+
+    def close(self) -> None:
+        """End in order."""
+        self.edges.left = -1
+        self.store.close()
+
+    def _die(self) -> None:
+        kept = self._synced if self.power_fails and self._synced is not None else None
+        self._last = image_of(self.folder) if kept is None else kept
+        self.power_fails, self._synced = False, None
+
+    def _new_id(self) -> str:
+        return new_id_of(self._clock, self._dice)
+
+
+def new_id_of(clock: EdgeClock | ManualClock, dice: Random) -> str:
+    """Return a UUIDv7 of the world's moment and dice."""
+    moment = int(clock.now().timestamp() * 1_000) & (2**48 - 1)
+    number = (
+        moment << 80 | 0x7 << 76 | dice.getrandbits(12) << 64 | 0b10 << 62 | dice.getrandbits(62)
+    )
+    text = f"{number:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

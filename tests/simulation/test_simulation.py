@@ -1,0 +1,134 @@
+"""Thousands of seeded histories, the same trace for the same seed, and a judge that can see."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+
+from local_store import LocalStore
+from local_store.ops import Outcome
+from tests.simulation import machine
+from tests.simulation.histories import PLAN, run, run_all, shortened
+from tests.simulation.remote_model import RemoteModel
+
+FIRST_SEED = int(os.environ.get("SIMULATION_SEED", "1"))
+HISTORIES = int(os.environ.get("SIMULATION_HISTORIES", "1000"))
+JOBS = min(2, os.cpu_count() or 1)
+SEEDS_OF_A_DEFENCE = range(1, 60)
+
+
+def test_no_history_loses_doubles_reorders_or_hides_anything() -> None:
+    seeds = range(FIRST_SEED, FIRST_SEED + HISTORIES)
+    reports = list(run_all(seeds, JOBS))
+    failed = sorted(report.seed for report in reports if report.findings)
+    assert not failed, how_to_replay(failed[0])
+    assert min(report.crashes for report in reports) >= 3
+    assert min(report.conflicts for report in reports) >= 1
+    assert sum(report.steps for report in reports) / len(reports) >= 200
+
+
+def how_to_replay(seed: int) -> str:
+    only = ",".join(map(str, shortened(seed)))
+    return f"python -m tests.simulation.histories --first {seed} --only {only}"
+
+
+def test_a_seed_is_a_history_in_every_process() -> None:
+    def trace_in_a_process(hash_seed: str) -> str:
+        code = "from tests.simulation.histories import run; print(run(7).trace)"
+        env = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    traces = {run(7).trace, run(7).trace, trace_in_a_process("1"), trace_in_a_process("2")}
+    assert len(traces) == 1
+    assert run(8).trace not in traces
+
+
+# -- a defence that is missing is found out --
+
+
+def without_ledger(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RemoteModel, "_known", lambda *_: None)
+    patch.setattr(RemoteModel, "_seq_taken", lambda *_: False)
+
+
+def without_compare_and_set(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RemoteModel, "_is_stale", staticmethod(lambda *_: False))
+
+
+def without_ownership(patch: pytest.MonkeyPatch) -> None:
+    """Let reads of the buffer show everybody's rows."""
+    select = LocalStore.select
+
+    def everybodys(self: LocalStore, table: str, *, user_id: str, **how: Any) -> Any:
+        return [
+            row
+            for user in ("github:ann", "github:bob")
+            for row in select(self, table, user_id=user, **how)
+        ]
+
+    patch.setattr(LocalStore, "select", everybodys)
+
+
+def without_waiting_for_predecessors(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RemoteModel, "_blocker", lambda *_: None)
+
+
+def without_recording_refusals(patch: pytest.MonkeyPatch) -> None:
+    """Drop what the server refuses, as many sync engines do."""
+    record = LocalStore.record
+
+    def dropping(self: LocalStore, outcomes: Any, **how: Any) -> Any:
+        changed = [
+            Outcome(item.txn_id, "applied", {}) if item.state == "dead" else item
+            for item in outcomes
+        ]
+        return record(self, changed, **how)
+
+    patch.setattr(LocalStore, "record", dropping)
+
+
+def without_the_write_ahead_log(patch: pytest.MonkeyPatch) -> None:
+    """Lose at each kill what was acknowledged but is only in the log."""
+    image_of = machine.image_of
+
+    def without(folder: Any) -> Any:
+        return {name: part for name, part in image_of(folder).items() if not name.endswith("-wal")}
+
+    patch.setattr(machine, "image_of", without)
+
+
+@contextmanager
+def missing(defence: Callable[[pytest.MonkeyPatch], None]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        defence(patch)
+        yield
+
+
+@pytest.mark.parametrize(
+    "defence",
+    [
+        without_ledger,
+        without_compare_and_set,
+        without_ownership,
+        without_waiting_for_predecessors,
+        without_recording_refusals,
+        without_the_write_ahead_log,
+    ],
+)
+def test_a_missing_defence_is_found_out(defence: Callable[[pytest.MonkeyPatch], None]) -> None:
+    with missing(defence):
+        for seed in SEEDS_OF_A_DEFENCE:
+            with suppress(Exception):  # what breaks outright was found out, too
+                if not run(seed, PLAN).findings:
+                    continue
+            return
+    pytest.fail(f"{defence.__name__} survived {len(SEEDS_OF_A_DEFENCE)} histories")

@@ -1,0 +1,350 @@
+"""One seed, one history: users, containers that die, a bad network, people with SQL, one judge.
+
+Every step has dice of its own, made from the seed and the step's number, so that leaving out some
+steps changes nothing in the others: that is how a failing history is made short. While it runs,
+each read is compared with what its user was told; when all is quiet the history checker judges the
+whole (syncer/testkit/history.py): nothing acknowledged is lost, nothing takes effect twice, per-row
+order, no false conflict, no conflict unseen, nobody sees a foreign row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from local_store import Delete, Insert, LocalStoreError, Outcome, Row, Update, user_uuid
+from local_store.clock import ManualClock
+from local_store.ops import Op
+from syncer.errors import SyncError
+from syncer.remote import TableRead
+from syncer.testkit.history import Finding, History, check, joined, observe_store
+from tests.simulation.machine import Container, Crash, Network, new_id_of
+from tests.simulation.remote_model import RemoteModel
+from tests.unit.history_world import ANN, BOB, TABLES, observe_model
+
+PLANNED = 66  # actions; what the network does with each request counts besides
+CLASHES = (5, 26, 38)  # the actions at which two containers change one value
+CRASHES = (10, 22, 36, 52)  # the actions at which a process is told to end soon
+POWER_LOSSES = 0.0
+USERS = (ANN, BOB)
+WORDS = ("one", "two", "three", "four")
+CRASHES_MIN = 3
+BATCHES_MAX = 50
+QUIET_S, QUIET_PASSES_MAX = 600.0, 20  # every wait of the flusher is over by then
+
+_ACTIONS = {
+    "insert": 7,
+    "update": 14,
+    "both": 5,
+    "child": 6,
+    "delete": 2,
+    "poison": 1,
+    "orphan": 1,
+    "expect": 3,
+    "repeat": 4,
+    "look": 14,
+    "refresh": 6,
+    "flush": 16,
+    "late": 6,
+    "wait": 10,
+    "edit": 5,
+    "strike": 1,
+    "discard": 2,
+    "restart": 1,
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one history did and what is wrong with it."""
+
+    seed: int
+    steps: int
+    crashes: int
+    conflicts: int
+    trace: str
+    findings: tuple[str, ...]
+
+
+class World:
+    """Two containers before one modelled server."""
+
+    def __init__(self, seed: int, folders: Sequence[Path]) -> None:
+        self.seed, self.clock = seed, ManualClock()
+        self.dice = Random(seed)
+        self.server = RemoteModel({spec.name: spec for spec in TABLES})
+        self.network = Network(self.server, self.dice, self.step)
+        self.history = History(self.clock)
+        self.steps = 0
+        self._trace = hashlib.blake2b(digest_size=16)
+        self._untold: list[tuple[Container, str, str, list[Op]]] = []
+        self.wrong: list[str] = []
+        self.containers = [
+            Container(folder, TABLES, self.clock, self.network, self.dice) for folder in folders
+        ]
+
+    # -- running --
+
+    def step(self, what: str) -> None:
+        """Count something that happened, and add it to the trace."""
+        self.steps += 1
+        self._trace.update(what.encode())
+
+    def run(self, plan: Sequence[int]) -> Report:
+        """Run the planned steps, then let all become quiet, and judge."""
+        for number in plan:
+            self._reseed(number)
+            self._take(number)
+        self._reseed(len(plan))
+        self._quieten()
+        findings = [f"{f.kind}: {f}" for f in self._judge()]
+        for container in self.containers:
+            container.close()
+        return Report(
+            self.seed,
+            self.steps,
+            sum(container.crashes for container in self.containers),
+            self.network.conflicts,
+            self._trace.hexdigest(),
+            (*self.wrong, *findings),
+        )
+
+    def _reseed(self, number: int) -> None:
+        self.dice.seed(self.seed * 1_000_003 + number)
+
+    def _take(self, number: int) -> None:
+        container = self.dice.choice(self.containers)
+        if number in CRASHES:
+            power_fails = self.dice.random() < POWER_LOSSES
+            container.arm(self.dice.randint(1, 30), power_fails=power_fails)
+        what = self.dice.choices(list(_ACTIONS), _ACTIONS.values())[0]
+        if number in CLASHES:
+            what = "clash"
+        self.step(f"{number} {what}")
+        try:
+            with suppress(LocalStoreError):
+                getattr(self, f"_{what}")(container)
+        except Crash as crash:
+            self._rise(next(each for each in self.containers if each.edges is crash.edges))
+        self.clock.advance(1)
+
+    def _rise(self, container: Container) -> None:
+        self.step("risen")
+        container.rise()
+        self._note_reads(container)  # a refresh may have been taken before its process ended
+
+    def _quieten(self) -> None:
+        """Let the armed die, the late arrive, the network work, and everything be delivered."""
+        for container in self.containers:
+            if container.edges.left > 0:
+                self._end(container)
+        while sum(container.crashes for container in self.containers) < CRASHES_MIN:
+            self._end(self.dice.choice(self.containers))
+        while self.network.late:
+            self.network.deliver_late()
+        self.network.trouble = 0.0
+        for _ in range(2):  # what one container delivers may free what another holds
+            for container in self.containers:
+                self._drain(container)
+
+    def _end(self, container: Container) -> None:
+        container.crash()
+        self._note_reads(container)
+
+    def _drain(self, container: Container) -> None:
+        for _ in range(QUIET_PASSES_MAX):
+            self.clock.advance(QUIET_S)
+            for _ in range(BATCHES_MAX):
+                if container.flusher.flush_once().stopped != "budget":
+                    break
+            if not container.store.stats()["pending"]:
+                return
+        self.wrong.append(f"stuck: {container.store.stats()['pending']} are never delivered")
+
+    def _judge(self) -> list[Finding]:
+        stores = [container.store for container in self.containers]
+        seen = joined(*map(observe_store, stores), observe_model(self.server))
+        return list(check(self.history, seen, TABLES, reads_recorded=True))
+
+    # -- users --
+
+    def _new_id(self) -> str:
+        return new_id_of(self.clock, self.dice)
+
+    def _write(self, container: Container, user: str, ops: list[Op], txn_id: str = "") -> None:
+        txn_id = txn_id or self._new_id()
+        try:
+            self.history.write(container.store, ops, user_id=user, txn_id=txn_id)
+        except Crash:
+            self._untold.append((container, txn_id, user, ops))  # its client never heard of it
+            raise
+        container.acknowledged()
+        self._trace.update(txn_id.encode())
+
+    def _mine(self, container: Container) -> tuple[str, Row | None]:
+        user = self.dice.choice(USERS)
+        rows = container.store.select("notes", user_id=user, limit=4)
+        return user, self.dice.choice(rows) if rows else None
+
+    def _insert(self, container: Container) -> None:
+        note, text = self._new_id(), self._text()
+        ops: list[Op] = [Insert("notes", {"id": note, "text": text, "due": "2026-01-01T12:00:00Z"})]
+        ops += [self._comment(note) for _ in range(self.dice.randrange(3))]
+        self._write(container, self.dice.choice(USERS), ops)
+
+    def _comment(self, note: str) -> Insert:
+        values = {"id": self._new_id(), "note_id": note, "text": self._text()}
+        return Insert("comments", values)
+
+    def _update(self, container: Container) -> None:
+        user, note = self._mine(container)
+        if note is not None:
+            self._write(container, user, [Update("notes", note["id"], self._change())])
+
+    def _change(self) -> Row:
+        """Return a change of a note to a value that was never there.
+
+        Work that ends at the value it began with changed nothing: it gives way unrecorded.
+        """
+        return {self.dice.choice(["text", "text", "title"]): self._text()}
+
+    def _text(self) -> str:
+        return f"{self.dice.choice(WORDS)} {self.steps}"
+
+    def _both(self, container: Container) -> None:
+        user, note = self._mine(container)
+        if note is not None:
+            where = {"note_id": note["id"]}
+            children = container.store.select("comments", user_id=user, where=where, limit=2)
+            ops: list[Op] = [Update("notes", note["id"], {"title": self._text()})]
+            ops += [Update("comments", child["id"], {"text": self._text()}) for child in children]
+            self._write(container, user, ops)
+
+    def _child(self, container: Container) -> None:
+        user, note = self._mine(container)
+        if note is not None:
+            self._write(container, user, [self._comment(note["id"])])
+
+    def _delete(self, container: Container) -> None:
+        user, note = self._mine(container)
+        if note is not None:
+            self._write(container, user, [Delete("notes", note["id"])])
+
+    def _poison(self, container: Container) -> None:
+        user, note = self._mine(container)
+        if note is not None:
+            self._write(container, user, [Update("notes", note["id"], {"title": "poison"})])
+
+    def _orphan(self, container: Container) -> None:
+        self._write(container, self.dice.choice(USERS), [self._comment(self._new_id())])
+
+    def _expect(self, container: Container) -> None:
+        """Two writers with one expected version: at most one of them wins."""
+        user, note = self._mine(container)
+        if note is None:
+            return
+        version = note["_version"]
+        for _ in range(2):
+            change = Update("notes", note["id"], self._change(), expected_version=version)
+            with suppress(LocalStoreError):
+                self._write(container, user, [change])
+
+    def _clash(self, container: Container) -> None:
+        """Two containers change one value, neither knowing of the other."""
+        other = next(each for each in self.containers if each is not container)
+        user, note, trouble = self.dice.choice(USERS), self._new_id(), self.network.trouble
+        self.network.trouble = 0.0
+        try:
+            self._write(container, user, [Insert("notes", {"id": note, "text": self._text()})])
+            self._drain(container)
+            self._refresh(other, user)
+            for each in self.containers:
+                change = Update("notes", note, {"text": self._text()})
+                with suppress(LocalStoreError):
+                    self._write(each, user, [change])
+        finally:
+            self.network.trouble = trouble
+
+    def _repeat(self, _container: Container) -> None:
+        """Repeat a call that its client never got an answer to."""
+        if self._untold:
+            container, txn_id, user, ops = self.dice.choice(self._untold)
+            self._write(container, user, ops, txn_id)
+
+    def _look(self, container: Container) -> None:
+        """Read one's notes: one's own, as this container last told, and nobody else's."""
+        user = self.dice.choice(USERS)
+        for row in container.store.select("notes", user_id=user, limit=10):
+            self._trace.update(f"{row['id']}{row['text']}{row['title']}".encode())
+            if row["user_id"] != user_uuid(user):
+                self.wrong.append(f"cross_user: {user} was shown {row['id']}")
+
+    def _refresh(self, container: Container, user: str = "") -> None:
+        """Take the server's rows over, as a read through does."""
+        user, store = user or self.dice.choice(USERS), container.store
+        as_of = store.change_counter()
+        with suppress(SyncError):
+            reads = [TableRead(spec.name, {}) for spec in TABLES]
+            answers = container.line.read(user_uuid(user), reads)
+            for spec, rows in zip(TABLES, answers, strict=True):
+                store.refresh(spec.name, rows, user_id=user, as_of=as_of, where={})
+            self._note_reads(container)
+
+    def _note_reads(self, container: Container) -> None:
+        """Record what this container knows of the server now."""
+        store = container.store
+        for user in USERS:
+            for spec in TABLES:
+                held = store.select(spec.name, user_id=user, limit=-1, columns=())
+                for row in held:
+                    version = self.server.version(spec.name, row["id"])
+                    if not row["_pending"] and row["updated_at"] == version:
+                        self.history.saw(store.log_id, spec.name, row["id"], version)
+
+    # -- the world --
+
+    def _flush(self, container: Container) -> None:
+        report = container.flusher.flush_once()
+        self._trace.update(f"{report.stopped}{report.sent}{report.applied}".encode())
+
+    def _late(self, _container: Container) -> None:
+        self.network.deliver_late()
+
+    def _wait(self, _container: Container) -> None:
+        self.clock.advance(self.dice.choice([0.1, 5, 30, 90]))
+
+    def _edit(self, _container: Container) -> None:
+        """Change a note as somebody with SQL would."""
+        row_id = self._there()
+        if row_id is not None:
+            text = self._text()
+            self.server.edit("notes", row_id, text=text)
+            version = self.server.version("notes", row_id)
+            self.history.outside_edit("notes", row_id, {"text": text}, version=version)
+
+    def _strike(self, _container: Container) -> None:
+        """Delete a note as somebody with SQL would."""
+        row_id = self._there()
+        if row_id is not None:
+            self.server.delete_row(("notes", row_id))
+            self.history.outside_delete("notes", row_id)
+
+    def _there(self) -> str | None:
+        notes = sorted(row_id for table, row_id in self.server.rows if table == "notes")
+        return self.dice.choice(notes) if notes else None
+
+    def _discard(self, container: Container) -> None:
+        """Decide that a dead transaction comes to nothing."""
+        dead = [entry for entry in container.store.entries() if entry.state == "dead"]
+        if dead:
+            txn_id = self.dice.choice(dead).txn_id
+            self.history.person(txn_id, "discard")
+            container.store.record([Outcome(txn_id, "discarded")])
+
+    def _restart(self, container: Container) -> None:
+        container.close()
+        container.open()
