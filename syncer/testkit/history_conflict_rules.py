@@ -111,7 +111,7 @@ def _ended_otherwise(facts: Facts, loser: Effect) -> bool:
     """Tell whether a delete by SQL, or one of its own log, may have taken a change along."""
     return any(
         change.kind == "delete"
-        and (change.txn is None or loser.txn is None or not foreign(loser, change.txn))
+        and (change.txn is None or (loser.txn is not None and not foreign(loser, change.txn)))
         and not facts.before(change, loser)
         for change in facts.on(loser.key, "yes")
     )
