@@ -100,10 +100,16 @@ def overwritten(facts: Facts) -> Iterator[Finding]:
 
 
 def _gave_way(facts: Facts, winner: Effect) -> bool:
-    """Tell whether a delete came to nothing, and a record says so."""
-    return winner.kind == "delete" and any(
-        winner.txn is not None and record.txn_id == winner.txn.txn_id and record.outcome == "remote"
-        for record in facts.records.get(winner.key, ())
+    """Tell whether a delete came to nothing: the ledger has no version of its row from it.
+
+    It met a row that was gone already, or one that somebody had changed, which is recorded.
+    """
+    if winner.kind != "delete" or winner.txn is None:
+        return False
+    applied = facts.ledger.get(winner.txn.txn_id, ())
+    name = key_name(winner.key)
+    return bool(applied) and all(
+        row.versions is not None and name not in row.versions for row in applied
     )
 
 

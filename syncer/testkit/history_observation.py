@@ -39,7 +39,7 @@ class SeenRow:
 class LedgerRow:
     """What the server remembers of one delivered transaction.
 
-    `versions` maps `table/id` to what it left (None: the row went); empty when it isn't known.
+    `versions` maps `table/id` to what it left (None: the row went); None when it isn't known.
     """
 
     txn_id: str

@@ -1,8 +1,8 @@
 """A container on memory-backed files that can be killed between any two steps, and a network.
 
 A kill leaves what was written: the folder's bytes are taken at that very moment and put back in
-place, into the same files, after the dead process's handles are gone. A power loss leaves what was
-synced: the bytes of the last moment at which the buffer had acknowledged something.
+place, into the same files, after the dead process's handles are gone. What a power loss leaves is
+tested by tests/unit/test_power_loss.py.
 """
 
 from __future__ import annotations
@@ -218,8 +218,6 @@ class Container:
         self._clock = EdgeClock(clock, self.edges)
         self.line = Line(network, self.edges)
         self._last: Image = {}
-        self._synced: Image | None = None
-        self.power_fails = False
         self.crashes = 0
         self.open()
 
@@ -233,15 +231,9 @@ class Container:
             self.store, self.line, limits=limits, clock=self._clock, jitter=self._dice.random
         )
 
-    def arm(self, edges: int, *, power_fails: bool) -> None:
+    def arm(self, edges: int) -> None:
         """Let the process end after so many edges."""
-        self.edges.left, self.power_fails = edges, power_fails
-        self._synced = image_of(self.folder) if power_fails else None
-
-    def acknowledged(self) -> None:
-        """Remember what a power loss from here on leaves: all that was written is synced now."""
-        if self.power_fails and self.edges.left > 0:
-            self._synced = image_of(self.folder)
+        self.edges.left = edges
 
     def crash(self) -> None:
         """End the process between two actions."""
@@ -268,9 +260,7 @@ class Container:
         self.store.close()
 
     def _die(self) -> None:
-        kept = self._synced if self.power_fails and self._synced is not None else None
-        self._last = image_of(self.folder) if kept is None else kept
-        self.power_fails, self._synced = False, None
+        self._last = image_of(self.folder)
 
     def _new_id(self) -> str:
         return new_id_of(self._clock, self._dice)

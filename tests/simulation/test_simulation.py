@@ -18,7 +18,7 @@ from tests.simulation.histories import PLAN, run, run_all, shortened
 from tests.simulation.remote_model import RemoteModel
 
 FIRST_SEED = int(os.environ.get("SIMULATION_SEED", "1"))
-HISTORIES = int(os.environ.get("SIMULATION_HISTORIES", "1000"))
+HISTORIES = int(os.environ.get("SIMULATION_HISTORIES", "800"))
 JOBS = min(2, os.cpu_count() or 1)
 SEEDS_OF_A_DEFENCE = range(1, 60)
 

@@ -29,7 +29,8 @@ from tests.unit.history_world import ANN, BOB, TABLES, observe_model
 PLANNED = 66  # actions; what the network does with each request counts besides
 CLASHES = (5, 26, 38)  # the actions at which two containers change one value
 CRASHES = (10, 22, 36, 52)  # the actions at which a process is told to end soon
-POWER_LOSSES = 0.0
+EDGES_MAX = 30  # of the process that is to end: looks at the clock, parts of a call
+REPEATS = 0.7  # of the calls whose clients got no answer
 USERS = (ANN, BOB)
 WORDS = ("one", "two", "three", "four")
 CRASHES_MIN = 3
@@ -45,7 +46,6 @@ _ACTIONS = {
     "poison": 1,
     "orphan": 1,
     "expect": 3,
-    "repeat": 4,
     "look": 14,
     "refresh": 6,
     "flush": 16,
@@ -81,7 +81,7 @@ class World:
         self.history = History(self.clock)
         self.steps = 0
         self._trace = hashlib.blake2b(digest_size=16)
-        self._untold: list[tuple[Container, str, str, list[Op]]] = []
+        self._untold: tuple[Container, str, str, list[Op]] | None = None
         self.wrong: list[str] = []
         self.containers = [
             Container(folder, TABLES, self.clock, self.network, self.dice) for folder in folders
@@ -119,8 +119,7 @@ class World:
     def _take(self, number: int) -> None:
         container = self.dice.choice(self.containers)
         if number in CRASHES:
-            power_fails = self.dice.random() < POWER_LOSSES
-            container.arm(self.dice.randint(1, 30), power_fails=power_fails)
+            container.arm(self.dice.randint(1, EDGES_MAX))
         what = self.dice.choices(list(_ACTIONS), _ACTIONS.values())[0]
         if number in CLASHES:
             what = "clash"
@@ -136,6 +135,7 @@ class World:
         self.step("risen")
         container.rise()
         self._note_reads(container)  # a refresh may have been taken before its process ended
+        self._repeat()
 
     def _quieten(self) -> None:
         """Let the armed die, the late arrive, the network work, and everything be delivered."""
@@ -161,6 +161,7 @@ class World:
             for _ in range(BATCHES_MAX):
                 if container.flusher.flush_once().stopped != "budget":
                     break
+            self._note_reads(container)
             if not container.store.stats()["pending"]:
                 return
         self.wrong.append(f"stuck: {container.store.stats()['pending']} are never delivered")
@@ -180,9 +181,8 @@ class World:
         try:
             self.history.write(container.store, ops, user_id=user, txn_id=txn_id)
         except Crash:
-            self._untold.append((container, txn_id, user, ops))  # its client never heard of it
+            self._untold = container, txn_id, user, ops  # its client never heard of it
             raise
-        container.acknowledged()
         self._trace.update(txn_id.encode())
 
     def _mine(self, container: Container) -> tuple[str, Row | None]:
@@ -269,11 +269,15 @@ class World:
         finally:
             self.network.trouble = trouble
 
-    def _repeat(self, _container: Container) -> None:
-        """Repeat a call that its client never got an answer to."""
-        if self._untold:
-            container, txn_id, user, ops = self.dice.choice(self._untold)
-            self._write(container, user, ops, txn_id)
+    def _repeat(self) -> None:
+        """Repeat the call that its client got no answer to, as soon as its process is back."""
+        if self._untold is None:
+            return
+        container, txn_id, user, ops = self._untold
+        self._untold = None
+        if self.dice.random() < REPEATS:
+            with suppress(LocalStoreError):
+                self._write(container, user, ops, txn_id)
 
     def _look(self, container: Container) -> None:
         """Read one's notes: one's own, as this container last told, and nobody else's."""
@@ -309,6 +313,7 @@ class World:
 
     def _flush(self, container: Container) -> None:
         report = container.flusher.flush_once()
+        self._note_reads(container)  # a conflict's reply tells, too
         self._trace.update(f"{report.stopped}{report.sent}{report.applied}".encode())
 
     def _late(self, _container: Container) -> None:
