@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: demo test check unit sql simulation integration e2e serve bench soak lock clean
+.PHONY: demo test check unit sql simulation integration e2e serve bench soak defences lock clean
 
 demo: $(STAMP)
 	@$(BIN)/syncer demo
@@ -44,9 +44,13 @@ serve: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks
 
+defences: $(STAMP)
+	@$(BIN)/python -m tests.defences --write
+
 soak: $(STAMP)
 	@SIMULATION_HISTORIES=2000 SIMULATION_SEED=$${SEED:-100000} $(PYTEST) tests/simulation/test_histories.py
 	@SIMULATION_HISTORIES=50000 SIMULATION_SEED=$${SEED:-100000} $(PYTEST) --timeout 7200 tests/simulation/test_simulation.py
+	@SOAK_S=$${SOAK_S:-3600} $(BIN)/python -m tests.simulation.soak
 	@CONTRACT_HISTORIES=1000 CONTRACT_SEED=$${SEED:-100000} $(PYTEST) tests/contract
 	@HISTORY_EXAMPLES=5000 $(PYTEST) --timeout 3600 tests/unit/test_history.py
 	@POWER_LOSS_IMAGES=1500 POWER_LOSS_SEED=$${SEED:-100000} $(PYTEST) --timeout 3600 tests/unit/test_power_loss.py

@@ -34,7 +34,7 @@ NEVER = object()
 """The base of a row that only a parked insert would have made."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LedgerEntry:
     """What the server remembers of an applied transaction."""
 
@@ -45,7 +45,7 @@ class LedgerEntry:
     versions: dict[str, str | None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ParkedEntry:
     """A transaction that a person or an event must free."""
 

@@ -96,6 +96,11 @@ def without_recording_refusals(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LocalStore, "record", dropping)
 
 
+def without_parking_behind_parked_work(patch: pytest.MonkeyPatch) -> None:
+    """Send again what can't be merged because a person has what it builds on."""
+    patch.setattr("syncer.flusher.parked_before", lambda *_: None)
+
+
 def without_the_write_ahead_log(patch: pytest.MonkeyPatch) -> None:
     """Lose at each kill what was acknowledged but is only in the log."""
     image_of = machine.image_of
@@ -121,6 +126,7 @@ def missing(defence: Callable[[pytest.MonkeyPatch], None]) -> Iterator[None]:
         without_ownership,
         without_waiting_for_predecessors,
         without_recording_refusals,
+        without_parking_behind_parked_work,
         without_the_write_ahead_log,
     ],
 )

@@ -1,0 +1,63 @@
+"""Histories one after another in one process, with an eye on its memory and its descriptors.
+
+    SOAK_S=3600 python -m tests.simulation.soak
+
+Exit 1 when a history fails, or when memory or open descriptors at the end are above what they were
+after the first twentieth of the time.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from pathlib import Path
+
+from local_store.clock import SystemClock
+from tests.simulation.histories import run
+
+CLOCK = SystemClock()
+SOAK_S = float(os.environ.get("SOAK_S", "3600"))
+FIRST_SEED = int(os.environ.get("SIMULATION_SEED", "1000000"))
+GROWTH_BYTES_MAX = 16 * 1024 * 1024  # allocators keep some; a leak of 1 KB a history is 100 MB
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process holds."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def descriptors() -> int:
+    """Return how many descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def main() -> None:
+    """Run until the time is over."""
+    began, seed, settled = CLOCK.monotonic(), FIRST_SEED, None
+    said = began
+    while (now := CLOCK.monotonic()) < began + SOAK_S:
+        report = run(seed)
+        if report.findings:
+            print(f"seed {seed}: {report.findings[0]}")
+            sys.exit(1)
+        seed += 1
+        if settled is None and now > began + SOAK_S / 20:
+            settled = resident_bytes(), descriptors()
+        if now > said + 60:
+            said = now
+            told = f"{resident_bytes() / 2**20:.1f} MiB, {descriptors()} descriptors"
+            print(f"{seed - FIRST_SEED} histories in {now - began:.0f} s; {told}", flush=True)
+    assert settled is not None
+    memory, files = resident_bytes(), descriptors()
+    print(
+        f"{seed - FIRST_SEED} histories, seeds from {FIRST_SEED}; memory {settled[0] / 2**20:.1f}"
+        f" → {memory / 2**20:.1f} MiB, descriptors {settled[1]} → {files}"
+    )
+    sys.exit(memory > settled[0] + GROWTH_BYTES_MAX or files > settled[1])
+
+
+if __name__ == "__main__":
+    main()
