@@ -14,7 +14,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
+from fcntl import LOCK_EX, LOCK_UN, flock
 from pathlib import Path
 from typing import TypeVar
 
@@ -303,29 +303,12 @@ class BufferFile(FileLife):
 
     @contextmanager
     def flushing(self) -> Iterator[bool]:
-        """Hold the folder's flusher lock; yields False when somebody else holds it.
-
-        The lock belongs to an open file of its own, so it ends with the block or with the process.
-        """
+        """Hold the folder's flusher lock; yields False when somebody else holds it."""
         self._check_process()
         if self._lock_fd < 0:
             raise StoreClosed("this store is closed")
-        descriptor = os.open(self._folder / opening.FLUSHER_LOCK_NAME, _CREATE, 0o600)
-        try:
-            try:
-                flock(descriptor, LOCK_EX | LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                try:
-                    yield True
-                finally:
-                    # A process forked meanwhile shares this open file: closing ours wouldn't end
-                    # the lock, and the child leaving the block must not end the parent's.
-                    if self._pid == os.getpid():
-                        flock(descriptor, LOCK_UN)
-        finally:
-            os.close(descriptor)
+        with opening.flusher_lock(self._folder) as is_mine:
+            yield is_mine
 
     def _opened(self) -> sqlite3.Connection:
         """Return the writing connection; both locks are held."""

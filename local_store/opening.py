@@ -9,7 +9,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from fcntl import LOCK_EX, LOCK_UN, flock
+from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 from pathlib import Path
 
 import orjson
@@ -24,6 +24,31 @@ FLUSHER_LOCK_NAME = "flusher.lock"
 BUSY_TIMEOUT_MS = 5_000  # only readers can meet a lock: writers queue on the folder's flock
 CACHED_STATEMENTS = 512  # the text of an insert varies with the size of its group
 WAL_BYTES_KEPT = 8 * 1024 * 1024  # twice what a checkpoint finds: cut after a reader made it grow
+
+
+@contextmanager
+def flusher_lock(folder: Path) -> Iterator[bool]:
+    """Hold a folder's flusher lock; yields False when somebody else holds it.
+
+    The lock belongs to an open file of its own, so it ends with the block or with the process.
+    """
+    descriptor = os.open(folder / FLUSHER_LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
+    opener = os.getpid()
+    try:
+        try:
+            flock(descriptor, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            # A process forked meanwhile shares this open file: closing ours wouldn't end the lock,
+            # and the child leaving the block must not end the parent's.
+            if opener == os.getpid():
+                flock(descriptor, LOCK_UN)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -106,9 +106,9 @@ DEFENCES = (
     Defence(
         "flusher lock",
         "two flushers send the same batch",
-        "local_store/buffer_file.py",
-        "                flock(descriptor, LOCK_EX | LOCK_NB)\n",
-        "                pass\n",
+        "local_store/opening.py",
+        "            flock(descriptor, LOCK_EX | LOCK_NB)\n",
+        "            pass\n",
         ("tests/unit/test_flusher_turns.py", "tests/unit/test_local_store_turns.py"),
     ),
     Defence(

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from local_store.ops import Row, TableSpec
+from local_store.ops import Row
 from syncer.core.batch import Batch
 from syncer.core.verdict import Verdict
 from syncer.core.wire import (
@@ -28,41 +28,11 @@ from syncer.core.wire import (
 )
 from syncer.errors import ProtocolMismatch, SyncError
 from syncer.remote import SeqRange, TableRead
+from tests.simulation.model_entries import LedgerEntry, ParkedEntry
 from tests.simulation.model_rows import Key, ModelRows, Refusal, ServerRow, answered
 
 NEVER = object()
 """The base of a row that only a parked insert would have made."""
-
-
-@dataclass(slots=True)
-class LedgerEntry:
-    """What the server remembers of an applied transaction."""
-
-    log_id: str
-    seq: int
-    user_id: str
-    digest: str
-    versions: dict[str, str | None]
-
-
-@dataclass(slots=True)
-class ParkedEntry:
-    """A transaction that a person or an event must free."""
-
-    log_id: str
-    item: Row
-    state: str
-    cause: Row
-
-    def keys(self, tables: Mapping[str, TableSpec]) -> set[Key]:
-        """Return the rows it writes and the parents of the rows it inserts."""
-        found = set()
-        for op in self.item["ops"]:
-            found.add((op["table"], op["id"]))
-            parent = tables[op["table"]].parent
-            if parent is not None and op["values"].get(parent[0]) is not None:
-                found.add((parent[1], op["values"][parent[0]]))
-        return found
 
 
 @dataclass(slots=True)

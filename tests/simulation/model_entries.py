@@ -1,0 +1,40 @@
+"""What the modelled server remembers of transactions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from local_store.ops import Row, TableSpec
+from tests.simulation.model_rows import Key
+
+
+@dataclass(slots=True)
+class LedgerEntry:
+    """What the server remembers of an applied transaction."""
+
+    log_id: str
+    seq: int
+    user_id: str
+    digest: str
+    versions: dict[str, str | None]
+
+
+@dataclass(slots=True)
+class ParkedEntry:
+    """A transaction that a person or an event must free."""
+
+    log_id: str
+    item: Row
+    state: str
+    cause: Row
+
+    def keys(self, tables: Mapping[str, TableSpec]) -> set[Key]:
+        """Return the rows it writes and the parents of the rows it inserts."""
+        found = set()
+        for op in self.item["ops"]:
+            found.add((op["table"], op["id"]))
+            parent = tables[op["table"]].parent
+            if parent is not None and op["values"].get(parent[0]) is not None:
+                found.add((parent[1], op["values"][parent[0]]))
+        return found
