@@ -100,11 +100,11 @@ def overwritten(facts: Facts) -> Iterator[Finding]:
 
 
 def _gave_way(facts: Facts, winner: Effect) -> bool:
-    """Tell whether a delete came to nothing: the ledger has no version of its row from it.
+    """Tell whether a change came to nothing: the ledger has no version of its row from it.
 
     It met a row that was gone already, or one that somebody had changed, which is recorded.
     """
-    if winner.kind != "delete" or winner.txn is None:
+    if winner.txn is None:
         return False
     applied = facts.ledger.get(winner.txn.txn_id, ())
     name = key_name(winner.key)
