@@ -113,11 +113,16 @@ def _gave_way(facts: Facts, winner: Effect) -> bool:
     )
 
 
-def _ended_otherwise(facts: Facts, loser: Effect) -> bool:
-    """Tell whether a delete by SQL, or one of its own log, may have taken a change along."""
+def _ended_otherwise(facts: Facts, loser: Effect, winner: Effect) -> bool:
+    """Tell whether another delete may have ended it: one by SQL, of its own log, or recorded."""
     return any(
         change.kind == "delete"
-        and (change.txn is None or (loser.txn is not None and not foreign(loser, change.txn)))
+        and change is not winner
+        and (
+            change.txn is None
+            or (loser.txn is not None and not foreign(loser, change.txn))
+            or recorded(facts, change, loser)
+        )
         and not facts.before(change, loser)
         for change in facts.on(loser.key, "yes")
     )
@@ -151,7 +156,11 @@ def _overwritten_by(
     last: LastWords,
 ) -> Iterator[Finding]:
     for loser in losers:
-        if _knew(facts, txn, loser) or not foreign(loser, txn) or _ended_otherwise(facts, loser):
+        if (
+            _knew(facts, txn, loser)
+            or not foreign(loser, txn)
+            or _ended_otherwise(facts, loser, winner)
+        ):
             continue
         ordered = facts.before(loser, winner)
         for column, value in loser.values.items():
