@@ -141,7 +141,7 @@ DEFENCES = (
         "syncer/flusher.py",
         "return parked_before(chains, transaction, rows) if is_same else None",
         "return None",
-        ("tests/unit/test_flusher.py", "tests/simulation/test_simulation.py"),
+        ("tests/unit/test_flusher.py",),
     ),
 )
 
