@@ -25,12 +25,13 @@ class Sealed:
     """What an adopted transaction builds on, by the buffer that sealed it.
 
     `bases` by `table/id` for the first op of each row; `chained` rows were changed earlier by one
-    of `after` and not confirmed yet.
+    of `after` and not confirmed yet. `met` is what a merge there last met, for each of its rows.
     """
 
     bases: Mapping[str, str | None]
     chained: frozenset[str]
     after: tuple[str, ...]
+    met: Mapping[str, str | None]
 
     @classmethod
     def of(cls, transaction: PendingTransaction) -> Self:
@@ -48,7 +49,7 @@ class Sealed:
                 else:
                     bases[name] = base
             seen.add(name)
-        return cls(bases, frozenset(chained), transaction.after)
+        return cls(bases, frozenset(chained), transaction.after, transaction.met)
 
     @classmethod
     def decode(cls, stored: str | None) -> Self:
@@ -58,6 +59,7 @@ class Sealed:
             found.get("bases", {}),
             frozenset(found.get("chained", ())),
             tuple(found.get("after", ())),
+            found.get("met", {}),
         )
 
     def speaks_of(self, name: str) -> bool:
@@ -67,7 +69,7 @@ class Sealed:
     def encode(self) -> str:
         """Return what is stored."""
         told = {"bases": self.bases, "chained": sorted(self.chained), "after": self.after}
-        return orjson.dumps(told).decode()
+        return orjson.dumps({**told, "met": dict(self.met)}).decode()
 
 
 def adopt(
@@ -166,5 +168,6 @@ def forget(connection: sqlite3.Connection, position: int, name: str) -> None:
         return
     sealed = Sealed.decode(stored)
     bases = {known: base for known, base in sealed.bases.items() if known != name}
-    left = Sealed(bases, sealed.chained - {name}, sealed.after)
+    met = {known: version for known, version in sealed.met.items() if known != name}
+    left = Sealed(bases, sealed.chained - {name}, sealed.after, met)
     connection.execute("UPDATE op_log SET sealed = ? WHERE position = ?", (left.encode(), position))

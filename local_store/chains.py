@@ -156,6 +156,7 @@ def rebuild(
             known.version if known else 0,
         )
     rows_.put(connection, tables, key, made, counter)
+    rows_.note_met(connection, key, made.base)
     # The server's row has what it confirmed; what it confirmed before a restore it may not have.
     connection.execute(
         f"DELETE FROM touches WHERE tbl = ? AND id = ? AND stage = {SETTLED_STAGE}", key

@@ -16,7 +16,7 @@ from local_store.adopting import Sealed
 from local_store.decoding import RecordDamaged, decode_before, decode_ops
 from local_store.op_log import DUE_AHEAD_MAX_S, narrowing, touched_by
 from local_store.ops import PendingTransaction, Selection, TableSpec, WireOp
-from local_store.rows import base_of
+from local_store.rows import base_of, standing
 from local_store.schema import SETTLED, intact
 
 USERS_MAX = 50  # in one batch: the server changes its role once for each
@@ -233,9 +233,8 @@ def _complete(
     taken_along = orjson.loads(children)
     _check_touches(connection, tables, position, ops, taken_along)
     known = None if stored is None else orjson.loads(stored)
-    bases, chained, after = _predecessors(
-        connection, tables, position, ops, known, Sealed.decode(sealed)
-    )
+    told = Sealed.decode(sealed)
+    bases, chained, after = _predecessors(connection, tables, position, ops, known, told)
     return PendingTransaction(
         seq=seq,
         txn_id=txn_id,
@@ -252,6 +251,7 @@ def _complete(
         log_id=log_id,
         before=decode_before(before, ops, schemas, tables),
         children=tuple(taken_along),
+        met=_met(connection, ops, told),
         records=tuple(orjson.loads(records)),
         parked=bool(parked),
         held_since=held_since,
@@ -316,6 +316,17 @@ def _predecessors(
             bases.append(base_of(connection, key) if stored is None else stored.get(name))
         seen.add(key)
     return tuple(bases), tuple(chained), tuple(after)
+
+
+def _met(
+    connection: sqlite3.Connection, ops: Sequence[WireOp], sealed: Sealed
+) -> dict[str, str | None]:
+    """Return for each row what a merge last met on it, here or in the buffer that sealed it."""
+    known = {f"{op.table}/{op.id}": (op.table, op.id) for op in ops}
+    return {
+        name: sealed.met[name] if name in sealed.met else standing(connection, key)[1]
+        for name, key in known.items()
+    }
 
 
 def _last_touch(connection: sqlite3.Connection, key: tuple[str, str], position: int) -> list[str]:

@@ -146,6 +146,8 @@ class PendingTransaction:
     `after` names the nearest unsettled predecessors on the same rows or on their parents.
     `before` and `children` are per op: what it replaced, and for a delete the children its author
     knew, as {`table/id`: version, or None while the author's own change of it was under way}.
+    `met` is by `table/id` the version that a merge last put the row's pending changes on, None
+    where none did: what is `chained` follows only a change with the same.
     `position` orders all transactions of the buffer, `seq` those of `log_id`.
     """
 
@@ -164,6 +166,7 @@ class PendingTransaction:
     log_id: str
     before: tuple[Row | None, ...]
     children: tuple[Mapping[str, str | None] | None, ...]
+    met: Mapping[str, str | None] = field(default_factory=dict)
     records: tuple[Row, ...] = ()
     parked: bool = False
     held_since: str | None = None

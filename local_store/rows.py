@@ -21,6 +21,7 @@ from local_store.views import Key, Patch, View, folded, patched, split_name
 Tables = Mapping[str, TableSpec]
 
 _KEYS = "json_each(?1) k CROSS JOIN {0} ON {1}.tbl = k.value ->> 0 AND {1}.id = k.value ->> 1"
+GONE = "gone"  # what a merge met where the row had been deleted
 IS_TOUCHED = "EXISTS (SELECT 1 FROM touches t WHERE t.tbl = r.tbl AND t.id = r.id)"
 
 
@@ -169,8 +170,22 @@ def descendants(connection: sqlite3.Connection, tables: Tables, key: Key) -> set
 
 def base_of(connection: sqlite3.Connection, key: Key) -> str | None:
     """Return the server's version of a row as it is known here."""
-    found = connection.execute("SELECT base FROM rows WHERE tbl = ? AND id = ?", key).fetchone()
-    return None if found is None else found[0]
+    return standing(connection, key)[0]
+
+
+def standing(connection: sqlite3.Connection, key: Key) -> tuple[str | None, str | None]:
+    """Return the server's version of a row as it is known here, and what a merge last met there."""
+    found = connection.execute("SELECT base, met FROM rows WHERE tbl = ? AND id = ?", key)
+    return found.fetchone() or (None, None)
+
+
+def note_met(connection: sqlite3.Connection, key: Key, version: str | None) -> None:
+    """Mark a row whose pending changes were put on another ground: they are not what was sent.
+
+    A request or a segment that is older than this may still arrive. The mark goes with each change
+    and stays with it in the server's ledger, so that an older one can't follow a merged one.
+    """
+    connection.execute("UPDATE rows SET met = ? WHERE tbl = ? AND id = ?", (version or GONE, *key))
 
 
 def put(connection: sqlite3.Connection, tables: Tables, key: Key, seen: View, counter: int) -> None:

@@ -193,7 +193,7 @@ def _copy_rows(
     source: sqlite3.Connection, fresh: sqlite3.Connection, counts: dict[str, int]
 ) -> None:
     statement = (
-        "SELECT rowid, tbl, id, user_id, parent_id, base, version, changed_at, body,"
+        "SELECT rowid, tbl, id, user_id, parent_id, base, met, version, changed_at, body,"
         f" coalesce({schema.row_intact()}, false) FROM rows"
     )
     for record in _walk(source, statement, "rowid"):
@@ -201,8 +201,8 @@ def _copy_rows(
             values = [v.decode() if isinstance(v, bytes) else v for v in record[1:-1]]
             fresh.execute(
                 "INSERT OR IGNORE INTO rows"
-                " (tbl, id, user_id, parent_id, base, version, changed_at, body)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                " (tbl, id, user_id, parent_id, base, met, version, changed_at, body)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 values,
             )
             counts["rows"] += 1

@@ -40,8 +40,8 @@ _TEXT = (
     "txn_id, user_id, digest, accepted_at, ops, before, children, records, schemas, state,"
     " held_since, settled_at, reply, bases, versions, sealed"
 )
-_ROW_TEXT = "tbl, id, user_id, parent_id, body, base"
-ROW = "tbl, id, user_id, parent_id, body, base, version, changed_at"
+_ROW_TEXT = "tbl, id, user_id, parent_id, body, base, met"
+ROW = "tbl, id, user_id, parent_id, body, base, met, version, changed_at"
 
 # Stages of a touch. Only a REPLAYED one is not part of what a reader sees: its row has it already.
 PENDING, REPLAYED, SETTLED = 0, 1, 2
@@ -155,6 +155,7 @@ _TABLES = (
         user_id    TEXT NOT NULL,
         parent_id  TEXT,
         base       TEXT,
+        met        TEXT,
         version    INTEGER NOT NULL,
         changed_at INTEGER NOT NULL,
         crc        INTEGER NOT NULL DEFAULT 0,

@@ -10,6 +10,7 @@ from local_store.ops import PendingTransaction, WireOp
 
 _PLAIN = ("seq", "txn_id", "user_id", "digest", "accepted_at", "position", "size_bytes")
 _LISTS = ("ops", "bases", "chained", "after", "before", "children", "records")
+_MAPS = ("met",)
 _PER_OP = ("bases", "chained", "before", "children")
 _NUMBERS = ("seq", "position", "size_bytes")
 
@@ -18,6 +19,7 @@ def encode_line(item: PendingTransaction) -> bytes:
     """Return the line, without its end: JSON escapes newlines, so none is inside."""
     line: dict[str, Any] = {name: getattr(item, name) for name in _PLAIN}
     line |= {name: getattr(item, name) for name in _LISTS}
+    line |= {name: dict(getattr(item, name)) for name in _MAPS}
     line["ops"] = [op.to_json() for op in item.ops]
     line["children"] = [None if known is None else dict(known) for known in item.children]
     return orjson.dumps(line)
@@ -29,7 +31,7 @@ def decode_line(line: bytes, log_id: str) -> PendingTransaction:
     Strict although the line is authentic: a field that this code doesn't know would be lost.
     """
     found = orjson.loads(line)
-    if not isinstance(found, dict) or set(found) != {*_PLAIN, *_LISTS}:
+    if not isinstance(found, dict) or set(found) != {*_PLAIN, *_LISTS, *_MAPS}:
         raise ValueError("not the fields of a transaction")
     _check_types(found)
     return PendingTransaction(
@@ -41,6 +43,7 @@ def decode_line(line: bytes, log_id: str) -> PendingTransaction:
         before=tuple(found["before"]),
         children=tuple(found["children"]),
         records=tuple(found["records"]),
+        met=found["met"],
         attempts=0,
         log_id=log_id,
     )
@@ -60,6 +63,9 @@ def _check_types(found: dict[str, Any]) -> None:
     _all(found["before"], dict, None)
     _all(found["children"], dict, None)
     _all(found["records"], dict)
+    if not isinstance(found["met"], dict):
+        raise ValueError("not a map")
+    _all(list(found["met"].values()), str, None)
 
 
 def _all(items: list[Any], kind: type, *others: None) -> None:

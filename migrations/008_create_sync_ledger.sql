@@ -51,6 +51,9 @@ create table if not exists sync.ledger (
 );
 -- An edited transaction is discarded in favour of the one that replaces it.
 alter table sync.ledger add column if not exists replaced_by uuid;
+-- By key, the version that a merge had put the sender's changes of the row on: what its sender made
+-- before that merge doesn't follow from it.
+alter table sync.ledger add column if not exists met jsonb not null default '{}'::jsonb;
 
 create table if not exists sync.aliases (
   log_id uuid not null references sync.logs (log_id),

@@ -10,6 +10,7 @@
 --     at or below the floor?    fenced: the ledger has forgotten whether it was applied
 --     a predecessor missing?    held, blocked_by
 --     a row not at its base?    conflict, with the rows as the author sees them (null: deleted)
+--     behind a change that a merge has put on another ground since? the same
 --     a row that isn't there?   held: it may still come with another log
 --     take effect as the author under row-level security
 --       refused by the data     rejected, with SQLSTATE and op      (a person must look)
@@ -481,8 +482,9 @@ begin
   -- that, so it must not find a version here to go on from.
   select v_versions || coalesce(jsonb_object_agg(k, null), '{}') into v_versions
     from jsonb_array_elements_text(p_transaction -> 'decided') k;
-  insert into sync.ledger (txn_id, log_id, seq, user_id, digest, verdict, versions)
-    values (v_txn_id, p_log_id, v_seq, v_user, p_transaction ->> 'digest', 'applied', v_versions);
+  insert into sync.ledger (txn_id, log_id, seq, user_id, digest, verdict, versions, met)
+    values (v_txn_id, p_log_id, v_seq, v_user, p_transaction ->> 'digest', 'applied', v_versions,
+      coalesce(p_transaction -> 'met', '{}'));
   perform sync.record_conflicts(p_log_id, p_transaction, v_records);
   perform sync.settle_around(v_user, v_ops, v_versions, v_began);
   return jsonb_build_object('verdict', 'applied', 'versions', v_versions, 'rows', v_rows);
@@ -545,9 +547,9 @@ end $$;
 create or replace function sync.note_applied(
   p_log_id uuid, p_run jsonb, p_applied jsonb
 ) returns void language sql set search_path = '' as $$
-  insert into sync.ledger (txn_id, log_id, seq, user_id, digest, verdict, versions)
+  insert into sync.ledger (txn_id, log_id, seq, user_id, digest, verdict, versions, met)
     select (t ->> 'txn_id')::uuid, p_log_id, (t ->> 'seq')::bigint, (t ->> 'user_id')::uuid,
-      t ->> 'digest', 'applied', p_applied -> (t ->> 'txn_id')
+      t ->> 'digest', 'applied', p_applied -> (t ->> 'txn_id'), coalesce(t -> 'met', '{}')
     from jsonb_array_elements(p_run) t where p_applied ? (t ->> 'txn_id');
   delete from sync.tombstones d using jsonb_array_elements(p_run) t
     cross join jsonb_array_elements(t -> 'ops') o
@@ -576,6 +578,7 @@ declare
   v_rest jsonb;
   v_versions jsonb;
   v_rows jsonb;
+  v_met jsonb;
   v_applied jsonb := '{}';  -- since the last note
   v_done text[] := '{}';
 begin
@@ -584,6 +587,7 @@ begin
   for v_transaction in select t from jsonb_array_elements(p_run) t loop
     v_n := v_n + 1;
     v_verdict := null;
+    v_met := coalesce(v_transaction -> 'met', '{}');
     -- A predecessor in the run must have been applied in it.
     if v_prepared[v_n] is not null and not exists (
         select from jsonb_array_elements_text(v_transaction -> 'after') a
@@ -602,7 +606,9 @@ begin
           if v_op ->> 'kind' = 'update' and not v_versions ? v_key then
             v_base := v_op ->> 'base';
             if v_base = 'chained' then
-              v_base := p_chain ->> v_key;
+              v_base := case when p_chain -> 'met' ->> v_key
+                is not distinct from v_transaction -> 'met' ->> v_key
+                then p_chain -> 'versions' ->> v_key end;
             end if;
             v_moved := null;
             execute v_op ->> 'stale_sql' into v_moved using v_op ->> 'id', v_base;
@@ -645,11 +651,17 @@ begin
       v_verdict := sync.apply_transaction(p_log_id, p_floor, v_transaction, p_chain);
       if v_verdict ->> 'verdict' = 'applied' then
         v_done := v_done || (v_transaction ->> 'txn_id');
+      elsif v_verdict ->> 'verdict' = 'duplicate' then
+        select l.met into v_met from sync.ledger l
+          where l.txn_id = (v_transaction ->> 'txn_id')::uuid;
       end if;
       perform sync.enter(v_user, null);
     end if;
     if v_verdict ->> 'verdict' in ('applied', 'duplicate') then
-      p_chain := p_chain || (v_verdict -> 'versions');
+      p_chain := jsonb_build_object(
+        'versions', (p_chain -> 'versions') || (v_verdict -> 'versions'),
+        'met', (p_chain -> 'met') - array(select jsonb_object_keys(v_verdict -> 'versions'))
+          || v_met);
     end if;
     p_verdicts := p_verdicts || (
       '{"state": null, "versions": {}, "rows": {}, "blocked_by": null, "op": null,
@@ -672,7 +684,7 @@ declare
   v_run jsonb;
   v_of_run jsonb[];
   v_verdicts jsonb[] := '{}';
-  v_chain jsonb := '{}';
+  v_chain jsonb := '{"versions": {}, "met": {}}';
   v_claims constant text := current_setting('request.jwt.claims', true);
 begin
   perform sync.guard();

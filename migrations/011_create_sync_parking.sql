@@ -139,10 +139,13 @@ begin
       where p_row is not null));
 end $$;
 
--- Give ops on some rows a base: {key: version}. A row without a version there gets none.
+-- Give ops on some rows a base: {key: version}. A row without a version there gets none. What waits
+-- behind it knew other ground (`met`, 013), and must meet the row by itself.
 create or replace function sync.rebase_item(p_item jsonb, p_versions jsonb) returns jsonb
 language sql immutable set search_path = '' as $$
-  select p_item || jsonb_build_object('ops', coalesce(jsonb_agg(
+  select p_item || jsonb_build_object(
+      'met', coalesce(p_item -> 'met', '{}') || jsonb_strip_nulls(p_versions),
+      'ops', coalesce(jsonb_agg(
       case when p_versions ? ((o ->> 'table') || '/' || (o ->> 'id')) and o ->> 'kind' <> 'insert'
         then o || jsonb_build_object('base', p_versions -> ((o ->> 'table') || '/' || (o ->> 'id')))
         else o end order by n), '[]'))

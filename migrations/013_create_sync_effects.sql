@@ -207,6 +207,14 @@ end $$;
 -- Fill in each op's statements and its base; `chained` is the version that this log's earlier
 -- transaction produced: in this batch, or, after a lost reply, as the ledger stored it. A base of
 -- null says that the sender has never seen the row on the server: any row there is a surprise.
+--
+-- A request may arrive long after its sender gave it up, and a segment may be taken in long after it
+-- was sealed. If its first change was merged and applied meanwhile, the second one must not follow
+-- that: its author hasn't seen what the first was merged with. So a predecessor that was applied
+-- with another `met`, or without the row at all, is no base: any row there is a surprise.
+--
+-- `p_chain` is what this batch made of each row so far: {versions: {key: version}, met: {key:
+-- version}}, `met` as the ledger keeps it.
 create or replace function sync.prepare(
   p_transaction jsonb, p_chain jsonb
 ) returns jsonb language plpgsql set search_path = '' as $$
@@ -216,7 +224,8 @@ declare
   v_key text;
   v_base text;
   v_parked jsonb;
-  v_found boolean;
+  v_found boolean;      -- a predecessor is in the ledger
+  v_rewritten boolean;  -- and was applied on other ground
   v_seen text[] := '{}';
   v_prepared jsonb := '[]';
 begin
@@ -231,21 +240,28 @@ begin
     v_base := v_op ->> 'base';
     v_parked := null;
     v_found := null;
+    v_rewritten := null;
     if v_base = 'chained' and not v_key = any (v_seen) then
-      v_base := p_chain ->> v_key;
+      v_base := case when p_chain -> 'met' ->> v_key
+        is not distinct from p_transaction -> 'met' ->> v_key
+        then p_chain -> 'versions' ->> v_key end;
       if v_base is null then
-        select l.versions ->> v_key, true into v_base, v_found from sync.ledger l
+        select l.versions ->> v_key, true,
+            l.met ->> v_key is distinct from p_transaction -> 'met' ->> v_key
+          into v_base, v_found, v_rewritten from sync.ledger l
           where l.txn_id in (
             select a::uuid from jsonb_array_elements_text(p_transaction -> 'after') a)
             and l.user_id = v_user
-            and l.versions ? v_key
-          order by l.versions ->> v_key is null, l.seq desc limit 1;
+          order by not l.versions ? v_key, l.versions ->> v_key is null, l.seq desc limit 1;
       end if;
-      if v_base is null and v_op ->> 'kind' = 'delete' then
+      if v_rewritten and v_base is not null then
+        v_base := null;
+      elsif v_base is null and v_op ->> 'kind' = 'delete' then
         v_parked := sync.parked_base(p_transaction -> 'after', v_user, v_key);
         v_base := v_parked ->> 'base';
       end if;
-      if v_base is null and v_parked is null and v_found is null and not p_chain ? v_key then
+      if v_base is null and v_parked is null and v_found is null
+          and not coalesce(p_chain -> 'versions' ? v_key, false) then
         perform sync.protocol_error('chained without a predecessor: ' || v_key);
       end if;
     elsif not v_op ? 'base' and v_op ->> 'kind' <> 'insert' then

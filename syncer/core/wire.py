@@ -16,7 +16,11 @@ PROTOCOL = 1
 INT_MIN, UINT_MAX = -(2**63), 2**64 - 1  # what the buffer's JSON can hold as an integer
 FLOAT_MAX = int(sys.float_info.max)
 CHAINED = "chained"
-"""The base of an op whose row was changed earlier by the same log and not confirmed yet."""
+"""The base of an op whose row was changed earlier by the same log and not confirmed yet.
+
+It holds only while both were put on the same ground (`met`): one sent before a merge that its
+predecessor went through since is a conflict.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ def _encode_transaction(transaction: PendingTransaction) -> Row:
         "digest": transaction.digest,
         "accepted_at": transaction.accepted_at,
         "after": list(transaction.after),
+        "met": {name: version for name, version in transaction.met.items() if version is not None},
         "replaces": None,
         "records": [record for record in transaction.records if record["outcome"] != "manual"],
         "ops": ops,

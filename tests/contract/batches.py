@@ -65,6 +65,7 @@ class SymbolicTransaction:
     digest: str
     ops: tuple[SymbolicOp, ...]
     after: tuple[str, ...] = ()
+    met: Row = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,7 @@ class Asked:
             "digest": transaction.digest,
             "accepted_at": ACCEPTED_AT,
             "after": list(transaction.after),
+            "met": transaction.met,
             "replaces": None,
             "ops": ops,
         }
@@ -182,6 +184,7 @@ class Generator:
         self._versions: dict[str, int] = {}
         self._revisions: dict[str, tuple[str, str]] = {}
         self._sent: list[tuple[str, SymbolicTransaction]] = []
+        self._last: dict[str, str] = {}  # by row, the last transaction that changed it
 
     def steps(self, count: int) -> list[Step]:
         """Return `count` steps."""
@@ -212,7 +215,9 @@ class Generator:
             if made is not None:
                 ops.append(made)
         after: tuple[str, ...] = ()
-        if self._sent and self._dice.random() < 0.15:
+        if self._dice.random() < 0.3:
+            ops, after = self._follow(ops)
+        elif self._sent and self._dice.random() < 0.15:
             after = (self._dice.choice(self._sent)[1].txn_id,)
         elif self._dice.random() < 0.04:
             after = (self._uuid(),)
@@ -223,9 +228,23 @@ class Generator:
             digest_of([symbolic.op for symbolic in ops]),
             tuple(ops),
             after,
+            # Rows that a merge put on other ground, so that chains break there.
+            {key: "merged" for key in map(_key, ops) if self._dice.random() < 0.15},
         )
         self._sent.append((log_id, transaction))
+        self._last |= {key: transaction.txn_id for key in map(_key, ops)}
         return transaction
+
+    def _follow(self, ops: list[SymbolicOp]) -> tuple[list[SymbolicOp], tuple[str, ...]]:
+        """Let ops build on the last change that was sent of their rows."""
+        after: dict[str, None] = {}
+        followed = list(ops)
+        for index, symbolic in enumerate(ops):
+            last = self._last.get(_key(symbolic))
+            if symbolic.base is not None and last is not None:
+                followed[index] = SymbolicOp(symbolic.op, Base(literal="chained"))
+                after[last] = None
+        return followed, tuple(after)
 
     def _again(self, log_id: str) -> SymbolicTransaction:
         """Resend an earlier transaction: as it was, or with something about it forged."""
@@ -333,3 +352,7 @@ class Generator:
 
     def _uuid(self) -> str:
         return str(uuid.UUID(int=self._dice.getrandbits(128), version=4))
+
+
+def _key(symbolic: SymbolicOp) -> str:
+    return f"{symbolic.op.table}/{symbolic.op.id}"

@@ -87,10 +87,11 @@ def test_its_settings_come_from_the_environment_of_the_deploy():
 
 def test_sigterm_ends_a_container_as_sigint_does():
     code = """
-import os, signal, modal_app
+import signal, threading, modal_app
 modal_app.end_on_sigterm()
 try:
-    os.kill(os.getpid(), signal.SIGTERM)
+    # Only the main thread may take it: taken by another, a pause in this one would go on.
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
     signal.pause()
 except KeyboardInterrupt:
     print("interrupted")

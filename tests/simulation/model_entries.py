@@ -18,6 +18,11 @@ class LedgerEntry:
     user_id: str
     digest: str
     versions: dict[str, str | None]
+    met: dict[str, str]
+
+    def links(self) -> dict[str, tuple[str | None, str | None]]:
+        """Return for each row the version it left, and what a merge had met before."""
+        return {key: (version, self.met.get(key)) for key, version in self.versions.items()}
 
 
 @dataclass(slots=True)

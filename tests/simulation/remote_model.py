@@ -31,6 +31,9 @@ from syncer.remote import SeqRange, TableRead
 from tests.simulation.model_entries import LedgerEntry, ParkedEntry
 from tests.simulation.model_rows import Key, ModelRows, Refusal, ServerRow, answered
 
+Link = tuple[str | None, str | None]
+"""What a chain says of a row: its version, and what a merge had met before that (013)."""
+
 NEVER = object()
 """The base of a row that only a parked insert would have made."""
 
@@ -151,7 +154,7 @@ class RemoteModel(ModelRows):
         ]
         log_id = p_batch["log_id"]
         self.logs[log_id] = max(self.logs.get(log_id, 0), p_batch["acknowledged_seq"])
-        chain: dict[str, str | None] = {}
+        chain: dict[str, Link] = {}
         try:
             verdicts = [self._one(log_id, item, chain) for item in p_batch["transactions"]]
         except SyncError:
@@ -231,21 +234,21 @@ class RemoteModel(ModelRows):
                 return str(predecessor)
         return None
 
-    def _one(self, log_id: str, item: Row, chain: dict[str, str | None]) -> Row:
+    def _one(self, log_id: str, item: Row, chain: dict[str, Link]) -> Row:
         told = _told(item)
         known = self._known(log_id, item)
         if known is not None:
-            chain.update(known.get("versions", {}))
+            if known["verdict"] == "duplicate":
+                chain.update(self.ledger[item["txn_id"]].links())
             return {**told, **known}
         if self._seq_taken(log_id, item["seq"]):
             return {**told, "verdict": "rejected", "sqlstate": "SYT02"}
         blocker = self._blocker(item)
         if blocker is not None:
             return {**told, "verdict": "held", "blocked_by": blocker}
-        for predecessor in item["after"]:
-            if predecessor in self.ledger:
-                for key, version in self.ledger[predecessor].versions.items():
-                    chain.setdefault(key, version)
+        for entry in filter(None, map(self.ledger.get, item["after"])):
+            for key, link in entry.links().items():
+                chain.setdefault(key, link)
         saved, tombstones = dict(self.rows), dict(self.tombstones)
         try:
             versions = self._effects(item, chain)
@@ -255,13 +258,13 @@ class RemoteModel(ModelRows):
             if gone:
                 return {**told, "verdict": "conflict", "op": refusal.item["op"], "rows": gone}
             return {**told, **refusal.item}
-        chain.update(versions)
+        met = dict(item.get("met") or {})
+        entry = LedgerEntry(log_id, item["seq"], item["user_id"], item["digest"], versions, met)
+        chain.update(entry.links())
         self._record(item, item.get("records") or [])
         self._supersede(item)
         if self.remembers:
-            self.ledger[item["txn_id"]] = LedgerEntry(
-                log_id, item["seq"], item["user_id"], item["digest"], versions
-            )
+            self.ledger[item["txn_id"]] = entry
         left = {
             f"{op['table']}/{op['id']}": self.defaults(op["table"], op["values"])
             for op in item["ops"]
@@ -279,7 +282,7 @@ class RemoteModel(ModelRows):
             if parked.item["user_id"] == item["user_id"] and parked.keys(self.tables) & gone:
                 self.parked[txn_id] = replace(parked, state="superseded")
 
-    def _effects(self, item: Row, chain: Mapping[str, str | None]) -> dict[str, str | None]:
+    def _effects(self, item: Row, chain: Mapping[str, Link]) -> dict[str, str | None]:
         self._check_bases(item, chain)
         self._deleted.clear()
         for index, op in enumerate(item["ops"]):
@@ -298,7 +301,7 @@ class RemoteModel(ModelRows):
         keys = [(op["table"], op["id"]) for op in item["ops"]]
         return {"/".join(key): self.version(*key) for key in keys}
 
-    def _check_bases(self, item: Row, chain: Mapping[str, str | None]) -> None:
+    def _check_bases(self, item: Row, chain: Mapping[str, Link]) -> None:
         """Conflict outranks every other refusal, so all bases are checked before any effect."""
         made_here: set[Key] = set()
         stale: dict[str, Row | None] = {}
@@ -337,7 +340,7 @@ class RemoteModel(ModelRows):
         """Compare and set: an op goes through only on the version that it was made on."""
         return bool(op["kind"] == "insert" or row.version != base)
 
-    def _base(self, op: Row, name: str, item: Row, chain: Mapping[str, str | None]) -> object:
+    def _base(self, op: Row, name: str, item: Row, chain: Mapping[str, Link]) -> object:
         """Return the version an op was made on; NEVER for a row that only a parked insert made."""
         if op["kind"] == "insert":
             return None
@@ -345,14 +348,15 @@ class RemoteModel(ModelRows):
             raise ProtocolMismatch(f"an op without a base: {name}")
         if op["base"] != CHAINED:
             return op["base"]
-        if chain.get(name) is not None:
-            return chain[name]
+        version, met = chain.get(name, (None, None))
+        if version is not None:
+            return version if met == (item.get("met") or {}).get(name) else None
         found = self._parked_base(item["after"], item["user_id"], name)
         if op["kind"] == "delete" and found is not None:
             return found[0]
-        if name not in chain:
+        if name not in chain and not any(txn_id in self.ledger for txn_id in item["after"]):
             raise ProtocolMismatch(f"chained without a predecessor: {name}")
-        return None
+        return None  # it was rewritten, and left the row alone
 
     def _parked_base(self, after: Sequence[str], user_id: str, name: str) -> tuple[object] | None:
         for predecessor in after:

@@ -86,6 +86,28 @@ def test_a_rewritten_transaction_replaces_ops_before_and_records_but_not_its_dig
     assert store.stats()["bytes"] == txn.size_bytes < old.size_bytes
 
 
+def test_all_that_is_pending_on_a_merged_row_says_what_the_merge_met(store: LocalStore):
+    row_id = synced(store, text="a")
+    name = f"notes/{row_id}"
+    write(store, Update("notes", row_id, {"text": "b"}))
+    write(store, Update("notes", row_id, {"text": "c"}))
+    assert [txn.met for txn in waiting(store)] == [{name: None}] * 2
+    chains = store.chains([("notes", row_id)], user_id=USER)
+    assert store.rebase(chains, [], {name: served(row_id, text="x")})
+    write(store, Update("notes", row_id, {"text": "d"}))
+    assert [txn.met for txn in waiting(store)] == [{name: "v9"}] * 3
+    store.record([Outcome(waiting(store)[0].txn_id, "applied", {name: "v10"})])
+    assert [txn.met for txn in waiting(store)] == [{name: "v9"}] * 2
+
+
+def test_a_merge_that_met_no_row_is_told_from_none(store: LocalStore):
+    row_id = synced(store, text="a")
+    write(store, Update("notes", row_id, {"text": "b"}))
+    chains = store.chains([("notes", row_id)], user_id=USER)
+    assert store.rebase(chains, [], {f"notes/{row_id}": None})
+    assert waiting(store)[0].met == {f"notes/{row_id}": "gone"}
+
+
 def test_a_write_to_the_row_since_the_reading_makes_the_rebase_fail(store: LocalStore):
     row_id = synced(store, text="a")
     write(store, Update("notes", row_id, {"text": "b"}))

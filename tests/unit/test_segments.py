@@ -70,6 +70,7 @@ def transactions(draw: st.DrawFn) -> list[PendingTransaction]:
                 children=per_op(st.none() | st.dictionaries(TEXT, st.none() | TEXT, max_size=2)),
                 after=tuple(draw(st.lists(TEXT, max_size=2))),
                 records=tuple(draw(st.lists(ROW, max_size=2))),
+                met=draw(st.dictionaries(TEXT, st.none() | TEXT, max_size=2)),
                 position=draw(st.integers(0, 2**63 - 1)),
                 size_bytes=draw(st.integers(0, 2**40)),
             )
@@ -343,6 +344,8 @@ def test_a_file_above_the_limit_is_refused_unread():
         (head_of(), line_of(ops=[{"table": "n", "kind": "insert", "id": "i", "values": []}])),
         (head_of(), line_of(bases=[])),
         (head_of(), line_of(chained=[None])),
+        (head_of(), line_of(met=[])),
+        (head_of(), line_of(met={"notes/1": 1})),
         (head_of(), line_of(before=["x"])),
         (head_of(), line_of(children=[[]])),
         (head_of(), line_of(records=[None])),

@@ -124,6 +124,35 @@ def test_a_base_learned_between_two_changes_is_no_conflict_when_both_are_adopted
     assert world.server.rows[("sessions", row_id)].values["metadata"] == {"n": 6}
 
 
+def test_what_was_sealed_before_a_merge_does_not_follow_what_was_merged(world):
+    """Its container merged and delivered the first change, and died before it met the second's."""
+    host = world.host()
+    row_id = create(host, status="active", metadata={"n": 0})
+    world.deliver(host)
+    edit(host, row_id, status="finalized")
+    edit(host, row_id, metadata={"n": 6})
+    host.shipper.ship()
+    world.server.edit("sessions", row_id, metadata={"n": 5})
+    limits = FlushLimits(batch_ops_max=1)
+    owner = Flusher(host.store, world.server, limits=limits, clock=world.clock)
+    while len(world.server.ledger) < 2:
+        owner.flush_once()
+        world.clock.advance(1.0)
+    assert not world.server.records
+    host.die()
+
+    world.work()
+
+    [record] = world.server.records.values()
+    names = ("outcome", "columns", "mine", "theirs")
+    assert [record[name] for name in names] == [
+        "local",
+        ["metadata.n"],
+        {"metadata.n": 6},
+        {"metadata.n": 5},
+    ]
+
+
 def test_the_owner_and_the_worker_deliver_the_same_at_once_without_a_double(world):
     host = world.host()
     ids = [create(host, metadata={"n": n}) for n in range(6)]

@@ -1,0 +1,116 @@
+"""A request or a segment that is older than a merge: what follows a change as it was sent then."""
+
+from __future__ import annotations
+
+import pytest
+
+from local_store.ops import Row
+
+from .conftest import Database, delete, update
+from .parking import dead, held, park
+
+
+def kinds(verdicts: list[Row]) -> list[str]:
+    return [verdict["verdict"] for verdict in verdicts]
+
+
+def overtaken(db: Database, user: str) -> tuple[str, list[Row], Row]:
+    """Return a row, two changes of it as they were sent first, and the first as it was merged."""
+    row_id = db.session(user)
+    base = db.version("sessions", row_id)
+    first = db.transaction(user, update("sessions", row_id, base, metadata={"n": 1}))
+    second = db.transaction(
+        user, update("sessions", row_id, "chained", status="finalized"), after=[first["txn_id"]]
+    )
+    db.as_user(user, "update sessions set status = 'abandoned' where id = %s", row_id)
+    met = db.version("sessions", row_id)
+    merged = {
+        **first,
+        "ops": [update("sessions", row_id, met, metadata={"n": 1})],
+        "met": {f"sessions/{row_id}": met},
+    }
+    return row_id, [first, second], merged
+
+
+def status_of(db: Database, row_id: str) -> str:
+    return db.one("select status from sessions where id = %s", row_id)
+
+
+def test_what_was_sent_before_a_merge_does_not_follow_what_was_sent_after_it(db, user):
+    row_id, late, merged = overtaken(db, user)
+    assert kinds(db.send(merged)) == ["applied"]
+    verdicts = db.send(*late)
+    assert kinds(verdicts) == ["duplicate", "conflict"]
+    assert verdicts[1]["rows"][f"sessions/{row_id}"]["status"] == "abandoned"
+    assert status_of(db, row_id) == "abandoned"
+
+
+def test_nor_does_it_when_it_comes_alone(db, user):
+    row_id, late, merged = overtaken(db, user)
+    db.send(merged)
+    assert kinds(db.send(late[1])) == ["conflict"]
+    assert status_of(db, row_id) == "abandoned"
+
+
+def test_a_delete_sent_before_a_merge_does_not_follow_it_either(db, user):
+    row_id, late, merged = overtaken(db, user)
+    end = {**late[1], "ops": [delete("sessions", row_id, "chained")]}
+    db.send(merged)
+    assert kinds(db.send(late[0], end)) == ["duplicate", "conflict"]
+    assert status_of(db, row_id) == "abandoned"
+
+
+def test_what_a_merge_dropped_from_its_transaction_is_followed_by_nothing(db, user):
+    row_id, late, merged = overtaken(db, user)
+    assert kinds(db.send({**merged, "ops": []})) == ["applied"]
+    assert kinds(db.send(*late)) == ["duplicate", "conflict"]
+    assert status_of(db, row_id) == "abandoned"
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_went_through_the_same_merge_follows(db, user, together):
+    row_id, late, merged = overtaken(db, user)
+    second = {**late[1], "met": merged["met"]}
+    if together:
+        assert kinds(db.send(merged, second)) == ["applied", "applied"]
+    else:
+        assert kinds(db.send(merged)) == ["applied"]
+        assert kinds(db.send(merged, second)) == ["duplicate", "applied"]
+    assert status_of(db, row_id) == "finalized"
+
+
+def test_a_mark_ends_with_the_next_change_that_has_none(db, user):
+    row_id, late, merged = overtaken(db, user)
+    second = {**late[1], "met": merged["met"]}
+    db.send(merged, second)
+    base = db.version("sessions", row_id)
+    third = db.transaction(user, update("sessions", row_id, base, status="active"))
+    fourth = db.transaction(
+        user, update("sessions", row_id, "chained", metadata={}), after=[third["txn_id"]]
+    )
+    assert kinds(db.send(merged, third, fourth)) == ["duplicate", "applied", "applied"]
+
+
+def test_what_waits_behind_a_retried_change_meets_what_that_was_merged_with(db, user):
+    row_id, [first, second], _ = overtaken(db, user)
+    park(db, dead(first, [{"metadata": {}}]))
+    park(db, held(second, first["txn_id"], [{"status": "active"}]))
+    results = db.call("sync_retry_v1", {"txn_ids": [first["txn_id"]]})["results"]
+    assert kinds(results) == ["applied", "conflict"]
+    assert status_of(db, row_id) == "abandoned"
+    recorded = db.query("select outcome from sync.conflicts where txn_id = %s", second["txn_id"])
+    assert [record["outcome"] for record in recorded] == ["manual"]
+
+
+def test_what_waits_behind_a_retried_change_goes_along_where_nobody_else_wrote(db, user):
+    row_id, [first, _], _ = overtaken(db, user)
+    third = db.transaction(
+        user,
+        update("sessions", row_id, "chained", metadata={"n": 2}),
+        after=[first["txn_id"]],
+    )
+    park(db, dead(first, [{"metadata": {}}]))
+    park(db, held(third, first["txn_id"], [{"metadata": {"n": 1}}]))
+    results = db.call("sync_retry_v1", {"txn_ids": [first["txn_id"]]})["results"]
+    assert kinds(results) == ["applied", "applied"]
+    assert db.one("select metadata from sessions where id = %s", row_id) == {"n": 2}
