@@ -162,6 +162,7 @@ class Line:
 
     network: Network
     edges: Edges
+    told_rows: bool = False
 
     def apply_batch(self, batch: Batch) -> tuple[Verdict, ...]:
         """Deliver a batch through the network."""
@@ -171,22 +172,25 @@ class Line:
             self.network.conflicts += sum(verdict.kind == "conflict" for verdict in found)
             return found
 
-        verdicts: tuple[Verdict, ...] = self.network.call("batch", self.edges, ask)
-        return verdicts
+        return self._told(self.network.call("batch", self.edges, ask))
 
     def park(
         self, log_id: str, acknowledged_seq: int, parks: Sequence[Park]
     ) -> tuple[Verdict, ...]:
         """Hand over through the network."""
-        verdicts: tuple[Verdict, ...] = self._call("park", "park", log_id, acknowledged_seq, parks)
-        return verdicts
+        return self._told(self._call("park", "park", log_id, acknowledged_seq, parks))
 
     def read(
         self, user_id: str, reads: Sequence[TableRead], *, timeout_s: float | None = None
     ) -> list[list[Row]]:
         """Read through the network."""
         rows: list[list[Row]] = self._call("read", "read", user_id, reads)
+        self.told_rows = True
         return rows
+
+    def _told(self, verdicts: tuple[Verdict, ...]) -> tuple[Verdict, ...]:
+        self.told_rows = self.told_rows or any(verdict.rows for verdict in verdicts)
+        return verdicts
 
     def audit(self, log_id: str | None = None, *, after_seq: int = 0, limit: int = 5_000) -> Row:
         """Ask the model directly: an audit is looked at when all is quiet."""

@@ -299,15 +299,19 @@ class World:
             self._note_reads(container)
 
     def _note_reads(self, container: Container) -> None:
-        """Record what this container knows of the server now."""
-        store = container.store
+        """Record what this container knows of the server now, if it was told anything."""
+        store, told = container.store, container.line.told_rows
+        container.line.told_rows = False
+        if not told:
+            return
+        log_id = store.log_id
         for user in USERS:
             for spec in TABLES:
                 held = store.select(spec.name, user_id=user, limit=-1, columns=())
                 for row in held:
                     version = self.server.version(spec.name, row["id"])
                     if not row["_pending"] and row["updated_at"] == version:
-                        self.history.saw(store.log_id, spec.name, row["id"], version)
+                        self.history.saw(log_id, spec.name, row["id"], version)
 
     # -- the world --
 
