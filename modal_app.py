@@ -73,7 +73,12 @@ def mounted() -> Volume:
 
 
 def end_on_sigterm() -> None:
-    """Let SIGTERM end the container as SIGINT does: Modal runs the shutdown for that one only."""
+    """Let SIGTERM end the container as SIGINT does: Modal runs the shutdown for that one only.
+
+    A process that a shell started in the background ignores SIGINT; then neither would end it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 

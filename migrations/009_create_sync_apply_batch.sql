@@ -263,13 +263,25 @@ language sql stable set search_path = '' as $$
     or exists (select from sync.aliases a where a.log_id = p_log_id and a.seq = p_seq)
 $$;
 
--- The predecessor that a transaction must wait for; null when all have been applied. A delete
--- doesn't wait for what is parked: that work is superseded by it.
+-- Has a transaction come to nothing: superseded, or discarded and not edited into one that waits?
+create or replace function sync.came_to_nothing(p_txn_id uuid, p_user uuid) returns boolean
+language sql stable set search_path = '' as $$
+  select exists (select from sync.parked p
+      where p.txn_id = p_txn_id and p.user_id = p_user and p.state = 'superseded')
+    or exists (select from sync.ledger l
+      where l.txn_id = p_txn_id and l.user_id = p_user and l.verdict = 'discarded'
+        and not exists (select from sync.parked p
+          where p.txn_id = sync.successor_of(p_txn_id) and p.state <> 'superseded'))
+$$;
+
+-- The predecessor that a transaction must wait for; null when all have been applied or have come to
+-- nothing. A delete doesn't wait for what is parked: that work is superseded by it.
 create or replace function sync.blocker_of(p_transaction jsonb) returns text
 language sql stable set search_path = '' as $$
   select a from jsonb_array_elements_text(p_transaction -> 'after') a
     where not exists (select from sync.ledger l where l.txn_id = a::uuid
         and l.user_id = (p_transaction ->> 'user_id')::uuid and l.verdict = 'applied')
+      and not sync.came_to_nothing(a::uuid, (p_transaction ->> 'user_id')::uuid)
       and not (
         exists (select from sync.parked p where p.txn_id = a::uuid
           and p.user_id = (p_transaction ->> 'user_id')::uuid)

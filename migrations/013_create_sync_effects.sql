@@ -260,7 +260,11 @@ begin
         v_parked := sync.parked_base(p_transaction -> 'after', v_user, v_key);
         v_base := v_parked ->> 'base';
       end if;
-      if v_base is null and v_parked is null and v_found is null
+      -- What came to nothing is not built upon either: any row there is a surprise.
+      v_found := coalesce(v_found, (
+        select bool_or(sync.came_to_nothing(a::uuid, v_user))
+          from jsonb_array_elements_text(p_transaction -> 'after') a));
+      if v_base is null and v_parked is null and v_found is not true
           and not coalesce(p_chain -> 'versions' ? v_key, false) then
         perform sync.protocol_error('chained without a predecessor: ' || v_key);
       end if;

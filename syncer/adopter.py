@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 from local_store import LocalStore, TableSpec
-from local_store.clock import Clock, SystemClock
+from local_store.clock import Clock, SystemClock, new_id
 from local_store.ops import Selection
 from local_store.segment_files import Stranger, load, quarantine, remove, scan
 from local_store.segment_names import SegmentCorrupt, SegmentName
@@ -74,7 +74,10 @@ class _Pass:
 
 
 class Adopter:
-    """Delivers the segments of one Volume. One pass at a time; `scratch` is its own folder."""
+    """Delivers the segments of one Volume. One pass at a time; `scratch` is its own folder.
+
+    `jitter` and `ids` are for runs that must repeat exactly.
+    """
 
     def __init__(
         self,
@@ -87,6 +90,8 @@ class Adopter:
         environment: str,
         limits: FlushLimits | None = None,
         clock: Clock | None = None,
+        jitter: Callable[[], float] | None = None,
+        ids: Callable[[], str] = new_id,
     ) -> None:
         self._volume = volume
         self._remote = remote
@@ -97,6 +102,7 @@ class Adopter:
         self._environment = environment
         self._limits = limits or FlushLimits()
         self._clock = clock or SystemClock()
+        self._jitter, self._ids = jitter, ids
 
     def adopt(
         self,
@@ -199,7 +205,12 @@ class Adopter:
             return
         with self._opened(names[0].log_id) as store:
             flusher = Flusher(
-                store, self._remote, limits=limits, clock=self._clock, selection=found.selection
+                store,
+                self._remote,
+                limits=limits,
+                clock=self._clock,
+                jitter=self._jitter,
+                selection=found.selection,
             )
             waiting = 0
             for name in names:
@@ -230,7 +241,9 @@ class Adopter:
         folder = self._scratch / log_id
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            with LocalStore.open(folder, tables=self._tables, clock=self._clock) as store:
+            with LocalStore.open(
+                folder, tables=self._tables, clock=self._clock, ids=self._ids
+            ) as store:
                 yield store
         finally:
             shutil.rmtree(folder, ignore_errors=True)

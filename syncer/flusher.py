@@ -188,7 +188,8 @@ class Flusher:
                 self._pace = self._pace.after_success(len(batch.transactions))
                 report = _tally(report, verdicts)
                 found = self._settle(batch.transactions, verdicts)
-                parks += found.refused + self._behind(found)
+                parks += found.refused
+                parks += self._behind(found, parks)
             if parks:
                 report = self._park(batch, parks, report)
         except SyncError as error:
@@ -257,22 +258,22 @@ class Flusher:
                 return parked_before(chains, transaction, rows) if is_same else None
             # else a write came between: merge with that one too
 
-    def _behind(self, found: Sorted) -> list[Park]:
-        """Sort out what waits: behind parked work it is parked too, else it stays here."""
+    def _behind(self, found: Sorted, parks: Sequence[Park]) -> list[Park]:
+        """Sort out what waits: behind work that is or will be parked it is too, else it stays."""
         blockers = {blocker for _, _, blocker in found.waiting}
         parked = self._store.parked_among(list(blockers))
         # What an adopted transaction waits for and isn't here was handed over by its own buffer.
         parked |= {blocker for blocker in blockers if self._store.state(blocker) is None}
-        parked |= {park.transaction.txn_id for park in found.refused}
-        parks, stays = [], []
+        parked |= {park.transaction.txn_id for park in parks}
+        behind, stays = [], []
         for transaction, outcome, blocker in found.waiting:
             if blocker in parked:
                 parked.add(transaction.txn_id)
-                parks.append(Park(transaction, "held", blocked_by=blocker))
+                behind.append(Park(transaction, "held", blocked_by=blocker))
             else:
                 stays.append(outcome)
         self._store.record(stays)
-        return parks
+        return behind
 
     def _park(self, batch: Batch, parks: list[Park], report: FlushReport) -> FlushReport:
         """Hand over what a person or an event must free; settled here only by the reply."""

@@ -85,9 +85,11 @@ def test_its_settings_come_from_the_environment_of_the_deploy():
     assert "SYNCER_MODAL_SCALEDOWN_S" in bad.stderr
 
 
-def test_sigterm_ends_a_container_as_sigint_does():
-    code = """
+@pytest.mark.parametrize("before", ["default_int_handler", "SIG_IGN"])
+def test_sigterm_ends_a_container_as_sigint_does(before):
+    code = f"""
 import signal, threading, modal_app
+signal.signal(signal.SIGINT, signal.{before})
 modal_app.end_on_sigterm()
 try:
     # Only the main thread may take it: taken by another, a pause in this one would go on.

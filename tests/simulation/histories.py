@@ -12,7 +12,8 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
+from itertools import count
 from pathlib import Path
 
 from local_store import LocalStore
@@ -21,7 +22,7 @@ from tests.simulation.machine import Image, image_of, restore
 from tests.simulation.world import PLANNED, TABLES, Report, World
 
 CLOCK = SystemClock()
-CONTAINERS = 2
+CONTAINERS, SPARES = 2, 2
 PLAN = tuple(range(PLANNED))
 
 
@@ -30,7 +31,9 @@ def run(seed: int, plan: Sequence[int] = PLAN) -> Report:
     folders = _folders()
     for folder, image in folders.items():
         restore(folder, image)
-    return World(seed, list(folders)).run(plan)
+    disks = list(folders)
+    with tempfile.TemporaryDirectory(dir=disks[0].parent) as root:
+        return World(seed, disks[:CONTAINERS], disks[CONTAINERS:], Path(root)).run(plan)
 
 
 @cache
@@ -41,9 +44,10 @@ def _folders() -> dict[Path, Image]:
     """
     root = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     made = {}
-    for number in range(CONTAINERS):
+    for number in range(CONTAINERS + SPARES):
         folder = root / str(number)
-        LocalStore.open(folder, tables=TABLES).close()
+        ids = (f"0199a0c4-0000-7000-{number:04x}-{n:012x}" for n in count())
+        LocalStore.open(folder, tables=TABLES, ids=partial(next, ids)).close()
         made[folder] = image_of(folder)
     return made
 

@@ -29,6 +29,7 @@ from syncer.remote import SeqRange, TableRead
 from tests.simulation.remote_model import RemoteModel
 
 Image = dict[str, bytes]
+CALL_S = 0.2
 _SHARED_MEMORY = "-shm"  # made anew by the first who opens the file
 
 
@@ -117,6 +118,7 @@ class Network:
     """
 
     server: RemoteModel
+    clock: ManualClock
     dice: Random
     step: Callable[[str], None]
     trouble: float = 0.3
@@ -125,6 +127,7 @@ class Network:
 
     def call(self, name: str, edges: Edges, ask: Callable[[], Any]) -> Any:
         """Carry one request to the server and its reply back."""
+        self.clock.advance(CALL_S)  # else no budget of time would ever end
         self.step(f"{name} sent")
         edges.pass_by(f"{name} sent")
         fate = self.dice.random() / self.trouble if self.trouble else 1.0
@@ -257,6 +260,15 @@ class Container:
                 return
             except Crash:
                 continue
+
+    def lose(self, folder: Path) -> None:
+        """End with the disk; what comes up instead has another."""
+        self.edges.left = -1
+        self.crashes += 1
+        with suppress(Exception):
+            self.store.close()
+        self.folder = folder
+        self.open()
 
     def close(self) -> None:
         """End in order."""

@@ -230,7 +230,8 @@ class RemoteModel(ModelRows):
             if found is not None and found.user_id == item["user_id"]:
                 continue
             passes = parked is not None and parked.item["user_id"] == item["user_id"]
-            if not (only_deletes and passes):
+            is_over = passes and parked.state == "superseded"
+            if not (is_over or (only_deletes and passes)):
                 return str(predecessor)
         return None
 
@@ -354,9 +355,13 @@ class RemoteModel(ModelRows):
         found = self._parked_base(item["after"], item["user_id"], name)
         if op["kind"] == "delete" and found is not None:
             return found[0]
-        if name not in chain and not any(txn_id in self.ledger for txn_id in item["after"]):
+        if name not in chain and not any(map(self._is_over, item["after"])):
             raise ProtocolMismatch(f"chained without a predecessor: {name}")
-        return None  # it was rewritten, and left the row alone
+        return None  # it was rewritten and left the row alone, or came to nothing
+
+    def _is_over(self, txn_id: str) -> bool:
+        parked = self.parked.get(txn_id)
+        return txn_id in self.ledger or (parked is not None and parked.state == "superseded")
 
     def _parked_base(self, after: Sequence[str], user_id: str, name: str) -> tuple[object] | None:
         for predecessor in after:

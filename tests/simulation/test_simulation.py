@@ -16,6 +16,7 @@ from local_store.ops import Outcome
 from tests.simulation import machine
 from tests.simulation.histories import PLAN, run, run_all, shortened
 from tests.simulation.remote_model import RemoteModel
+from tests.simulation.world import VOLUME_EVERY
 
 FIRST_SEED = int(os.environ.get("SIMULATION_SEED", "1"))
 HISTORIES = int(os.environ.get("SIMULATION_HISTORIES", "800"))
@@ -38,18 +39,20 @@ def how_to_replay(seed: int) -> str:
     return f"python -m tests.simulation.histories --first {seed} --only {only}"
 
 
-def test_a_seed_is_a_history_in_every_process() -> None:
+@pytest.mark.parametrize("seed", [7, VOLUME_EVERY])
+def test_a_seed_is_a_history_in_every_process(seed: int) -> None:
     def trace_in_a_process(hash_seed: str) -> str:
-        code = "from tests.simulation.histories import run; print(run(7).trace)"
+        code = f"from tests.simulation.histories import run; print(run({seed}).trace)"
         env = {**os.environ, "PYTHONHASHSEED": hash_seed}
         done = subprocess.run(
             [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
         )
         return done.stdout.strip()
 
-    traces = {run(7).trace, run(7).trace, trace_in_a_process("1"), trace_in_a_process("2")}
+    here = {run(seed).trace, run(seed).trace}
+    traces = here | {trace_in_a_process("1"), trace_in_a_process("2")}
     assert len(traces) == 1
-    assert run(8).trace not in traces
+    assert run(seed + 1).trace not in traces
 
 
 # -- a defence that is missing is found out --

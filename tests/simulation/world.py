@@ -19,11 +19,14 @@ from random import Random
 from local_store import Delete, Insert, LocalStoreError, Outcome, Row, Update, user_uuid
 from local_store.clock import ManualClock
 from local_store.ops import Op
+from local_store.segment_names import SEGMENTS
 from syncer.errors import SyncError
 from syncer.remote import TableRead
+from syncer.testkit.fake_volume import FakeVolume
 from syncer.testkit.history import Finding, History, check, joined, observe_store
 from tests.simulation.machine import Container, Crash, Network, new_id_of
 from tests.simulation.remote_model import RemoteModel
+from tests.simulation.shipping import FAULTS, Quay, Worker
 from tests.unit.history_world import ANN, BOB, TABLES, observe_model
 
 PLANNED = 66  # actions; what the network does with each request counts besides
@@ -56,6 +59,8 @@ _ACTIONS = {
     "discard": 2,
     "restart": 1,
 }
+_ON_A_VOLUME = {"ship": 6, "background": 2, "work": 3, "lose": 3}
+VOLUME_EVERY = 4  # histories have a Volume: a pass of its worker costs as much as 20 other steps
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,14 @@ class Report:
 class World:
     """Two containers before one modelled server."""
 
-    def __init__(self, seed: int, folders: Sequence[Path]) -> None:
+    def __init__(
+        self, seed: int, folders: Sequence[Path], spares: Sequence[Path], root: Path
+    ) -> None:
+        """Begin with a container on each folder; `spares` are for those that lose theirs."""
         self.seed, self.clock = seed, ManualClock()
         self.dice = Random(seed)
         self.server = RemoteModel({spec.name: spec for spec in TABLES})
-        self.network = Network(self.server, self.dice, self.step)
+        self.network = Network(self.server, self.clock, self.dice, self.step)
         self.history = History(self.clock)
         self.steps = 0
         self._trace = hashlib.blake2b(digest_size=16)
@@ -86,6 +94,14 @@ class World:
         self.containers = [
             Container(folder, TABLES, self.clock, self.network, self.dice) for folder in folders
         ]
+        self._actions = dict(_ACTIONS)
+        self._spares = list(spares)
+        self._quays: dict[int, Quay] = {}
+        self._fake = FakeVolume(root, clock=self.clock, seed=seed)
+        about = (self.clock, self.network, self.dice)
+        self._worker = Worker(self._fake, TABLES, about, root / "scratch")
+        if seed % VOLUME_EVERY == 0:
+            self._actions |= _ON_A_VOLUME
 
     # -- running --
 
@@ -103,6 +119,7 @@ class World:
         self._quieten()
         findings = [f"{f.kind}: {f}" for f in self._judge()]
         for container in self.containers:
+            self._leave(container)
             container.close()
         return Report(
             self.seed,
@@ -120,7 +137,7 @@ class World:
         container = self.dice.choice(self.containers)
         if number in CRASHES:
             container.arm(self.dice.randint(1, EDGES_MAX))
-        what = self.dice.choices(list(_ACTIONS), _ACTIONS.values())[0]
+        what = self.dice.choices(list(self._actions), self._actions.values())[0]
         if number in CLASHES:
             what = "clash"
         self.step(f"{number} {what}")
@@ -128,11 +145,15 @@ class World:
             with suppress(LocalStoreError):
                 getattr(self, f"_{what}")(container)
         except Crash as crash:
-            self._rise(next(each for each in self.containers if each.edges is crash.edges))
+            self._rise(crash)
         self.clock.advance(1)
 
-    def _rise(self, container: Container) -> None:
+    def _rise(self, crash: Crash) -> None:
         self.step("risen")
+        container = next((each for each in self.containers if each.edges is crash.edges), None)
+        if container is None:
+            return  # the worker: its next pass begins afresh
+        self._leave(container)
         container.rise()
         self._note_reads(container)  # a refresh may have been taken before its process ended
         self._repeat()
@@ -150,8 +171,10 @@ class World:
         for _ in range(2):  # what one container delivers may free what another holds
             for container in self.containers:
                 self._drain(container)
+            self._clear_the_volume()
 
     def _end(self, container: Container) -> None:
+        self._leave(container)
         container.crash()
         self._note_reads(container)
 
@@ -355,5 +378,55 @@ class World:
             container.store.record([Outcome(txn_id, "discarded")])
 
     def _restart(self, container: Container) -> None:
+        self._leave(container)
         container.close()
         container.open()
+
+    # -- the Volume --
+
+    def _quay(self, container: Container) -> Quay:
+        """Return the mount of the container's process, made when it is first needed."""
+        key = id(container)
+        if key not in self._quays:
+            self._quays[key] = Quay(self._fake, f"host-{self.steps}", container.store)
+        return self._quays[key]
+
+    def _leave(self, container: Container) -> None:
+        quay = self._quays.pop(id(container), None)
+        if quay is not None:
+            quay.leave()
+
+    def _ship(self, container: Container) -> None:
+        quay = self._quay(container)
+        if self.dice.random() < 0.3:
+            quay.mount.faults(self.dice.choice(FAULTS))
+        self.step(f"shipped: {quay.shipper.ship().state}")
+        container.edges.pass_by("shipped")
+
+    def _background(self, container: Container) -> None:
+        self.step(f"{self._quay(container).mount.background_commit()} committed behind")
+
+    def _lose(self, container: Container) -> None:
+        """Lose a disk whose container was told that all of it is on the Volume."""
+        quay = self._quay(container)
+        if self._spares and quay.shipper.ship().state == "committed" and not quay.shipper.at_risk():
+            self.step("disk lost")
+            self._leave(container)
+            container.lose(self._spares.pop())
+
+    def _work(self, _container: Container) -> None:
+        if self.dice.random() < 0.3:
+            self._worker.edges.left = self.dice.randint(1, EDGES_MAX)
+        report = self._worker.adopt(self.dice.choice([0.0, 30.0]))
+        self._worker.edges.left = -1
+        self.step(f"adopted {report.adopted}, {report.collected} collected")
+
+    def _clear_the_volume(self) -> None:
+        for _ in range(QUIET_PASSES_MAX):
+            # What was sealed anew after a merge leaves its older form in quarantine.
+            left = [path for path in self._fake.files() if path.startswith(f"{SEGMENTS}/")]
+            if not left:
+                return
+            self.clock.advance(QUIET_S)
+            self._worker.adopt(0.0)
+        self.wrong.append(f"stuck: {sorted(left)} stay on the Volume")

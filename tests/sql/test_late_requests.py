@@ -1,4 +1,4 @@
-"""A request or a segment that is older than a merge: what follows a change as it was sent then."""
+"""What follows a change that was merged since, or came to nothing: late requests, old segments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from local_store.ops import Row
 
-from .conftest import Database, delete, update
+from .conftest import Database, delete, new, revision, update
 from .parking import dead, held, park
 
 
@@ -114,3 +114,55 @@ def test_what_waits_behind_a_retried_change_goes_along_where_nobody_else_wrote(d
     results = db.call("sync_retry_v1", {"txn_ids": [first["txn_id"]]})["results"]
     assert kinds(results) == ["applied", "applied"]
     assert db.one("select metadata from sessions where id = %s", row_id) == {"n": 2}
+
+
+# -- behind what came to nothing --
+
+
+def parked_update(db: Database, user: str) -> tuple[str, Row, Row]:
+    """Return a row, a parked change of it, and another change that follows it."""
+    row_id = db.session(user)
+    base = db.version("sessions", row_id)
+    first = db.transaction(user, update("sessions", row_id, base, metadata={"n": 1}))
+    second = db.transaction(
+        user, update("sessions", row_id, "chained", status="finalized"), after=[first["txn_id"]]
+    )
+    park(db, dead(first, [{"metadata": {}}]))
+    assert kinds(db.send(second)) == ["held"]
+    return row_id, first, second
+
+
+def test_what_follows_a_discarded_change_meets_the_row_by_itself(db, user):
+    row_id, first, second = parked_update(db, user)
+    child = db.transaction(user, revision(row_id), after=[first["txn_id"]])
+    db.call("sync_discard_v1", {"txn_ids": [first["txn_id"]]})
+    verdicts = db.send(second, child)
+    assert kinds(verdicts) == ["conflict", "applied"]
+    assert verdicts[0]["rows"][f"sessions/{row_id}"]["status"] == "active"
+
+
+def test_what_follows_a_superseded_change_meets_the_rows_end(db, user):
+    row_id, _, second = parked_update(db, user)
+    base = db.version("sessions", row_id)
+    assert kinds(db.send(db.transaction(user, delete("sessions", row_id, base)))) == ["applied"]
+    [verdict] = db.send(second)
+    assert (verdict["verdict"], verdict["rows"]) == ("conflict", {f"sessions/{row_id}": None})
+
+
+def test_what_follows_an_edited_change_waits_for_the_edit(db, user):
+    _, first, second = parked_update(db, user)
+    db.call(
+        "sync_edit_v1",
+        {"txn_id": first["txn_id"], "new_txn_id": new(), "digest": "d", "ops": first["ops"]},
+    )
+    assert kinds(db.send(second)) == ["held"]
+
+
+def test_nobody_elses_end_frees_anything(db, user, stranger):
+    _, first, _ = parked_update(db, user)
+    foreign = db.session(stranger)
+    base = db.version("sessions", foreign)
+    op = update("sessions", foreign, base, status="finalized")
+    assert kinds(db.send(db.transaction(stranger, op, after=[first["txn_id"]]))) == ["held"]
+    db.call("sync_discard_v1", {"txn_ids": [first["txn_id"]]})
+    assert kinds(db.send(db.transaction(stranger, op, after=[first["txn_id"]]))) == ["held"]

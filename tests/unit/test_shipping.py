@@ -24,6 +24,8 @@ from syncer.sessions.tables import SESSION_TABLES
 from syncer.shipper import Shipper
 from syncer.testkit.fake_volume import CommitFault
 from syncer.volume import Volume
+from tests.simulation.remote_model import RemoteModel
+from tests.unit.history_world import TABLES as NOTES
 from tests.unit.shipping_world import KEY, USER, World, add_child, create, edit
 
 
@@ -151,6 +153,50 @@ def test_what_was_sealed_before_a_merge_does_not_follow_what_was_merged(world):
         {"metadata.n": 6},
         {"metadata.n": 5},
     ]
+
+
+def test_what_waits_behind_a_conflict_that_was_sealed_is_parked_with_it(world):
+    """Its container had merged it and left it to a person, and died before it could say so."""
+    world.server = RemoteModel({spec.name: spec for spec in NOTES})
+    host, note = world.host(tables=NOTES), new_id()
+    host.store.write([Insert("notes", {"id": note, "text": "first"})], user_id=USER)
+    world.deliver(host)
+    host.store.write([Update("notes", note, {"text": "mine"})], user_id=USER)
+    host.store.write([Update("notes", note, {"title": "later"})], user_id=USER)
+    world.server.edit("notes", note, text="theirs")
+    Flusher(host.store, world.server, clock=world.clock).flush_once()
+    host.shipper.ship()
+    host.die()
+
+    report = world.work(tables=NOTES)
+
+    assert [parked.state for parked in world.server.parked.values()] == ["conflict", "held"]
+    assert (report.remaining, report.collected) == (0, 1)
+
+
+def test_what_was_sealed_behind_a_change_that_came_to_nothing_is_delivered(world):
+    """Its container handed the first one over; its author deleted the row elsewhere meanwhile."""
+    world.server = RemoteModel({spec.name: spec for spec in NOTES})
+    host, note = world.host(tables=NOTES), new_id()
+    host.store.write([Insert("notes", {"id": note, "text": "first"})], user_id=USER)
+    world.deliver(host)
+    host.store.write([Update("notes", note, {"title": "poison"})], user_id=USER)
+    world.deliver(host)
+    assert [parked.state for parked in world.server.parked.values()] == ["dead"]
+    host.store.write([Update("notes", note, {"text": "later"})], user_id=USER)
+    host.shipper.ship()
+    host.die()
+    elsewhere = world.host(tables=NOTES)
+    rows = [world.server._seen(f"notes/{note}", world.server.rows[("notes", note)].user_id)]
+    as_of = elsewhere.store.change_counter()
+    elsewhere.store.refresh("notes", rows, user_id=USER, as_of=as_of, where={"id": note})
+    elsewhere.store.write([Delete("notes", note)], user_id=USER)
+    world.deliver(elsewhere)
+    assert [parked.state for parked in world.server.parked.values()] == ["superseded"]
+
+    report = world.work(tables=NOTES)
+
+    assert (report.remaining, report.collected) == (0, 1)
 
 
 def test_the_owner_and_the_worker_deliver_the_same_at_once_without_a_double(world):
