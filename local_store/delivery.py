@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from local_store import chains as chains_
-from local_store import due, housekeeping, integrity, op_log, reopening, rows, schema
+from local_store import due, figures, housekeeping, integrity, op_log, reopening, rows, schema
 from local_store.buffer_file import BufferFile
 from local_store.clock import Clock, isoformat
 from local_store.decoding import RecordDamaged
@@ -288,12 +288,12 @@ class Delivery:
 
         A file that was copied or restored from elsewhere has more than one.
         """
-        found = self._file.read(op_log.logs)
+        found = self._file.read(figures.logs)
         return [{**log, "oldest_age_s": self._age_s(log.pop("oldest"))} for log in found]
 
     def parked_states(self) -> dict[str, int]:
         """Return how many parked transactions are in each state: dead, conflict or held."""
-        return self._file.read(op_log.count_parked_states)
+        return self._file.read(figures.count_parked_states)
 
     def stats(self) -> dict[str, Any]:
         """Return log_id, last_seq, pending, parked, bytes and oldest_age_s (None when empty).
@@ -308,14 +308,14 @@ class Delivery:
             "log_id": schema.read_log_id(connection),
             "last_seq": marks.seq,
             "pending": marks.undelivered,
-            "parked": sum(op_log.count_parked(connection).values()),
+            "parked": sum(figures.count_parked(connection).values()),
             "bytes": marks.undelivered_bytes,
-            "oldest_age_s": self._age_s(op_log.oldest_undelivered(connection)),
+            "oldest_age_s": self._age_s(figures.oldest_undelivered(connection)),
         }
 
     def oldest_age_s(self) -> float | None:
         """Return the age of the oldest undelivered transaction, None when there is none."""
-        return self._age_s(self._file.read(op_log.oldest_undelivered))
+        return self._age_s(self._file.read(figures.oldest_undelivered))
 
     def _age_s(self, accepted_at: str | None) -> float | None:
         if accepted_at is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Mapping, Sequence
 
-from local_store import adopting, due, op_log
+from local_store import adopting, due, figures
 from local_store.buffer_file import BufferFile
 from local_store.ops import PendingTransaction, TableSpec
 
@@ -34,7 +34,7 @@ class Sealing:
 
     def undelivered_after(self, position: int) -> int:
         """Return how many undelivered transactions stand behind a position."""
-        return self._file.read(lambda c: op_log.undelivered_after(c, position))
+        return self._file.read(lambda c: figures.undelivered_after(c, position))
 
     def adopt(
         self,

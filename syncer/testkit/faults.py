@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -61,7 +62,7 @@ class Treatment:
         return self == Treatment()
 
 
-class _Fault:
+class _Fault(ABC):
     """What all faults share: the wires they exist on and the treatment they mean."""
 
     wires: ClassVar[frozenset[Mode]] = frozenset(("http", "postgres"))
@@ -71,8 +72,8 @@ class _Fault:
         """What the proxy does with a request that meets this fault."""
         return self._treat()
 
-    def _treat(self) -> Treatment:
-        raise NotImplementedError
+    @abstractmethod
+    def _treat(self) -> Treatment: ...
 
 
 @checked(frozen=True, config=_STRICT)

@@ -19,14 +19,13 @@ from random import Random
 from local_store import Delete, Insert, LocalStoreError, Outcome, Row, Update, user_uuid
 from local_store.clock import ManualClock
 from local_store.ops import Op
-from local_store.segment_names import SEGMENTS
 from syncer.errors import SyncError
 from syncer.remote import TableRead
 from syncer.testkit.fake_volume import FakeVolume
 from syncer.testkit.history import Finding, History, check, joined, observe_store
 from tests.simulation.machine import Container, Crash, Network, new_id_of
 from tests.simulation.remote_model import RemoteModel
-from tests.simulation.shipping import FAULTS, Quay, Worker
+from tests.simulation.shipping import Harbour
 from tests.unit.history_world import ANN, BOB, TABLES, observe_model
 
 PLANNED = 66  # actions; what the network does with each request counts besides
@@ -95,11 +94,8 @@ class World:
             Container(folder, TABLES, self.clock, self.network, self.dice) for folder in folders
         ]
         self._actions = dict(_ACTIONS)
-        self._spares = list(spares)
-        self._quays: dict[int, Quay] = {}
-        self._fake = FakeVolume(root, clock=self.clock, seed=seed)
         about = (self.clock, self.network, self.dice)
-        self._worker = Worker(self._fake, TABLES, about, root / "scratch")
+        self.harbour = Harbour(FakeVolume(root, clock=self.clock, seed=seed), TABLES, about, spares)
         if seed % VOLUME_EVERY == 0:
             self._actions |= _ON_A_VOLUME
 
@@ -119,7 +115,7 @@ class World:
         self._quieten()
         findings = [f"{f.kind}: {f}" for f in self._judge()]
         for container in self.containers:
-            self._leave(container)
+            self.harbour.leave(container)
             container.close()
         return Report(
             self.seed,
@@ -143,7 +139,10 @@ class World:
         self.step(f"{number} {what}")
         try:
             with suppress(LocalStoreError):
-                getattr(self, f"_{what}")(container)
+                if what in _ON_A_VOLUME:
+                    getattr(self.harbour, what)(container)
+                else:
+                    getattr(self, f"_{what}")(container)
         except Crash as crash:
             self._rise(crash)
         self.clock.advance(1)
@@ -153,7 +152,7 @@ class World:
         container = next((each for each in self.containers if each.edges is crash.edges), None)
         if container is None:
             return  # the worker: its next pass begins afresh
-        self._leave(container)
+        self.harbour.leave(container)
         container.rise()
         self._note_reads(container)  # a refresh may have been taken before its process ended
         self._repeat()
@@ -171,10 +170,10 @@ class World:
         for _ in range(2):  # what one container delivers may free what another holds
             for container in self.containers:
                 self._drain(container)
-            self._clear_the_volume()
+            self.wrong += self.harbour.clear(QUIET_S)
 
     def _end(self, container: Container) -> None:
-        self._leave(container)
+        self.harbour.leave(container)
         container.crash()
         self._note_reads(container)
 
@@ -378,55 +377,6 @@ class World:
             container.store.record([Outcome(txn_id, "discarded")])
 
     def _restart(self, container: Container) -> None:
-        self._leave(container)
+        self.harbour.leave(container)
         container.close()
         container.open()
-
-    # -- the Volume --
-
-    def _quay(self, container: Container) -> Quay:
-        """Return the mount of the container's process, made when it is first needed."""
-        key = id(container)
-        if key not in self._quays:
-            self._quays[key] = Quay(self._fake, f"host-{self.steps}", container.store)
-        return self._quays[key]
-
-    def _leave(self, container: Container) -> None:
-        quay = self._quays.pop(id(container), None)
-        if quay is not None:
-            quay.leave()
-
-    def _ship(self, container: Container) -> None:
-        quay = self._quay(container)
-        if self.dice.random() < 0.3:
-            quay.mount.faults(self.dice.choice(FAULTS))
-        self.step(f"shipped: {quay.shipper.ship().state}")
-        container.edges.pass_by("shipped")
-
-    def _background(self, container: Container) -> None:
-        self.step(f"{self._quay(container).mount.background_commit()} committed behind")
-
-    def _lose(self, container: Container) -> None:
-        """Lose a disk whose container was told that all of it is on the Volume."""
-        quay = self._quay(container)
-        if self._spares and quay.shipper.ship().state == "committed" and not quay.shipper.at_risk():
-            self.step("disk lost")
-            self._leave(container)
-            container.lose(self._spares.pop())
-
-    def _work(self, _container: Container) -> None:
-        if self.dice.random() < 0.3:
-            self._worker.edges.left = self.dice.randint(1, EDGES_MAX)
-        report = self._worker.adopt(self.dice.choice([0.0, 30.0]))
-        self._worker.edges.left = -1
-        self.step(f"adopted {report.adopted}, {report.collected} collected")
-
-    def _clear_the_volume(self) -> None:
-        for _ in range(QUIET_PASSES_MAX):
-            # What was sealed anew after a merge leaves its older form in quarantine.
-            left = [path for path in self._fake.files() if path.startswith(f"{SEGMENTS}/")]
-            if not left:
-                return
-            self.clock.advance(QUIET_S)
-            self._worker.adopt(0.0)
-        self.wrong.append(f"stuck: {sorted(left)} stay on the Volume")

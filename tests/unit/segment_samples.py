@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from local_store.ops import PendingTransaction, WireOp
+from local_store.segment_files import load
 from local_store.segment_folders import DiskCalls
-from local_store.segment_names import SegmentName
+from local_store.segment_names import SegmentCorrupt, SegmentName
 from local_store.segments import SealedSegment, SegmentHeader, SegmentKey, seal
 
 LOG = "0199a0c4-0000-7000-8000-000000000001"
@@ -53,6 +57,33 @@ def sealed(
 ) -> SealedSegment:
     header = header_of(first, last, log_id, **changes)
     return seal([transaction(seq, log_id) for seq in range(first, last + 1)], header, key)
+
+
+ONE = sealed(1, 2)
+
+
+def log_folder(folder: Path, log_id: str = LOG) -> Path:
+    return folder / "segments" / log_id
+
+
+def file_of(folder: Path, segment: SealedSegment = ONE) -> Path:
+    return folder / segment.name.path
+
+
+def seqs(folder: Path, name: SegmentName = ONE.name) -> list[int]:
+    found = load(folder, name, [KEY], environment="prod")
+    return [item.seq for item in found.transactions]
+
+
+def fault(folder: Path, name: SegmentName = ONE.name) -> str:
+    with pytest.raises(SegmentCorrupt) as caught:
+        load(folder, name, [KEY], environment="prod")
+    return caught.value.fault
+
+
+def files(folder: Path) -> set[str]:
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {str(path.relative_to(folder)) for path in found}
 
 
 class Crashed(BaseException):

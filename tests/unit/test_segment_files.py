@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import stat
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pytest
 
@@ -14,47 +14,25 @@ from local_store.segment_files import (
     Stranger,
     load,
     quarantine,
-    remove,
     scan,
     write_file,
 )
 from local_store.segment_names import SegmentCorrupt, SegmentName
-from local_store.segments import SealedSegment
 from tests.unit.segment_samples import (
     KEY,
     LOG,
+    ONE,
     OTHER_LOG,
     Crashed,
     Watched,
+    fault,
+    file_of,
+    files,
+    log_folder,
     name_of,
     sealed,
+    seqs,
 )
-
-ONE = sealed(1, 2)
-
-
-def log_folder(folder: Path, log_id: str = LOG) -> Path:
-    return folder / "segments" / log_id
-
-
-def file_of(folder: Path, segment: SealedSegment = ONE) -> Path:
-    return folder / segment.name.path
-
-
-def seqs(folder: Path, name: SegmentName = ONE.name) -> list[int]:
-    found = load(folder, name, [KEY], environment="prod")
-    return [item.seq for item in found.transactions]
-
-
-def fault(folder: Path, name: SegmentName = ONE.name) -> str:
-    with pytest.raises(SegmentCorrupt) as caught:
-        load(folder, name, [KEY], environment="prod")
-    return caught.value.fault
-
-
-def files(folder: Path) -> set[str]:
-    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return {str(path.relative_to(folder)) for path in found}
 
 
 def descriptors() -> int:
@@ -331,75 +309,3 @@ def test_reading_leaves_nothing_open(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         load(tmp_path, name_of(5, 6), [KEY], environment="prod")
     assert descriptors() <= before  # others may be closed meanwhile
-
-
-# -- quarantine and removal -----------------------------------------------------------------------
-
-
-def test_quarantine_moves_and_never_overwrites(tmp_path: Path):
-    contents = [b"first", b"second", b"third"]
-    moved = []
-    for content in contents:
-        log_folder(tmp_path).mkdir(parents=True, exist_ok=True)
-        file_of(tmp_path).write_bytes(content)
-        moved.append(quarantine(tmp_path, ONE.name.path))
-    assert [(tmp_path / path).read_bytes() for path in moved] == contents
-    assert list(scan(tmp_path)) == []
-
-
-def test_a_crash_at_any_step_of_a_quarantine_loses_nothing(tmp_path: Path):
-    write_file(tmp_path, ONE)
-    whole = Watched()
-    shutil.copytree(tmp_path / "segments", tmp_path / "whole" / "segments")
-    quarantine(tmp_path / "whole", ONE.name.path, whole.calls())
-    for step in range(whole.changes):
-        folder = tmp_path / f"crash-{step}"
-        shutil.copytree(tmp_path / "segments", folder / "segments")
-        with pytest.raises(Crashed):
-            quarantine(folder, ONE.name.path, Watched(crash_before=step).calls())
-        assert [(folder / path).read_bytes() for path in files(folder)] == [ONE.data]
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["buffer.db", "quarantine/x", "segments/../buffer.db", "/etc/passwd", ".", "segments/a/b/c"],
-)
-def test_only_what_lies_below_segments_goes_into_quarantine(tmp_path: Path, path: str):
-    (tmp_path / "buffer.db").write_text("x")
-    with pytest.raises(ValueError, match="segments/"):
-        quarantine(tmp_path, PurePosixPath(path))
-    assert (tmp_path / "buffer.db").exists()
-
-
-def test_a_linked_quarantine_is_not_followed(tmp_path: Path):
-    write_file(tmp_path, ONE)
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (tmp_path / "quarantine").symlink_to(outside)
-    with pytest.raises(SegmentCorrupt, match="link"):
-        quarantine(tmp_path, ONE.name.path)
-    assert files(outside) == set()
-    assert seqs(tmp_path) == [1, 2]
-
-
-def test_the_longest_names_find_room_in_quarantine(tmp_path: Path):
-    folder = tmp_path / "segments" / ("x" * 255)
-    folder.mkdir(parents=True)
-    (folder / ("y" * 255)).touch()
-    for _ in range(2):
-        (folder / ("y" * 255)).touch()
-        quarantine(tmp_path, PurePosixPath("segments", "x" * 255, "y" * 255))
-    assert len(files(tmp_path / "quarantine")) == 2
-
-
-def test_removal_takes_one_segment_and_an_empty_logs_folder(tmp_path: Path):
-    write_file(tmp_path, ONE)
-    write_file(tmp_path, sealed(3, 4))
-    remove(tmp_path, ONE.name)
-    remove(tmp_path, ONE.name)
-    assert list(scan(tmp_path)) == [name_of(3, 4)]
-    remove(tmp_path, name_of(3, 4))
-    assert not log_folder(tmp_path).exists()
-    remove(tmp_path, name_of(3, 4))
-    write_file(tmp_path, ONE)
-    assert seqs(tmp_path) == [1, 2]
