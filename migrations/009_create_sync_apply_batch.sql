@@ -241,10 +241,15 @@ begin
   end if;
   select p.* into v_parked from sync.parked p
     where p.txn_id = (p_transaction ->> 'txn_id')::uuid
-      and p.user_id = v_user and p.digest = p_transaction ->> 'digest'
-    limit 1;
+    order by p.user_id <> v_user limit 1;
   if not found then
     return null;
+  elsif v_parked.user_id <> v_user then
+    return jsonb_build_object('verdict', 'rejected', 'sqlstate', '42501',
+      'message', 'the row is not the author''s');
+  elsif v_parked.digest is distinct from p_transaction ->> 'digest' then
+    return jsonb_build_object('verdict', 'rejected', 'sqlstate', 'SYT01',
+      'message', 'this txn_id was parked with other content');
   end if;
   perform sync.note_alias(p_log_id, p_transaction, v_parked.log_id);
   return jsonb_build_object('verdict', 'parked', 'state', v_parked.state,

@@ -119,12 +119,12 @@ begin
   select t.* into v_table from sync.tables t where t.name = p_op ->> 'table';
   if p_row is null or p_op ->> 'kind' = 'delete' then
     select array_agg(k order by k) into v_columns from jsonb_object_keys(p_op -> 'values') k;
-    v_base := coalesce(p_before, '{}');
+    v_base := coalesce(nullif(p_before, 'null'), '{}');
     v_mine := p_op -> 'values';
   else
     execute format('select to_jsonb(jsonb_populate_record(null::%1$I.%2$I, $1)),'
       ' to_jsonb(jsonb_populate_record(null::%1$I.%2$I, $2))', v_table.schema_name, v_table.name)
-      into v_base, v_mine using coalesce(p_before, '{}'), p_op -> 'values';
+      into v_base, v_mine using coalesce(nullif(p_before, 'null'), '{}'), p_op -> 'values';
     select array_agg(k order by k) into v_columns from jsonb_object_keys(p_op -> 'values') k
       where (p_op ->> 'kind' = 'insert' or v_base -> k is distinct from p_row -> k)
         and v_mine -> k is distinct from p_row -> k;
@@ -280,13 +280,19 @@ begin
   return jsonb_build_object('results', v_results);
 end $$;
 
--- Put a parked transaction into the ledger as discarded. Its position stays accounted for.
+-- Put a parked transaction into the ledger as discarded. Its position stays accounted for; also when
+-- it was refused because its txn_id is in the ledger with other content.
 create or replace function sync.discard(p_parked sync.parked, p_replaced_by uuid) returns void
 language plpgsql set search_path = '' as $$
 begin
   insert into sync.ledger (txn_id, log_id, seq, user_id, digest, verdict, versions, replaced_by)
     values (p_parked.txn_id, p_parked.log_id, p_parked.seq, p_parked.user_id, p_parked.digest,
-      'discarded', sync.row_keys(p_parked.item -> 'ops'), p_replaced_by);
+      'discarded', sync.row_keys(p_parked.item -> 'ops'), p_replaced_by)
+    on conflict (txn_id) do nothing;
+  if not found then
+    insert into sync.aliases (log_id, seq, txn_id)
+      values (p_parked.log_id, p_parked.seq, p_parked.txn_id) on conflict do nothing;
+  end if;
   delete from sync.parked p where p.log_id = p_parked.log_id and p.seq = p_parked.seq;
   -- Nobody is to decide about what doesn't exist any more.
   update sync.conflicts c set resolved_at = clock_timestamp(),
@@ -316,7 +322,7 @@ begin
 end $$;
 
 -- What waited for a discarded transaction waits for what that one waited for, and chained ops build
--- on the base that it had.
+-- on the base that it had; on none when a retry put it on other ground meanwhile (`met`, 013).
 create or replace function sync.unlink(p_parked sync.parked) returns void
 language plpgsql set search_path = '' as $$
 declare
@@ -331,7 +337,10 @@ begin
         union select a from jsonb_array_elements(p_parked.item -> 'after') a) x),
       'ops', (select coalesce(jsonb_agg(case
           when o ->> 'base' = 'chained' and v_bases ? ((o ->> 'table') || '/' || (o ->> 'id'))
-            then o || jsonb_build_object('base', v_bases -> ((o ->> 'table') || '/' || (o ->> 'id')))
+            then o || jsonb_build_object('base', case
+              when p_parked.item -> 'met' -> ((o ->> 'table') || '/' || (o ->> 'id'))
+                is not distinct from w.item -> 'met' -> ((o ->> 'table') || '/' || (o ->> 'id'))
+              then v_bases -> ((o ->> 'table') || '/' || (o ->> 'id')) end)
           else o end order by n), '[]')
         from jsonb_array_elements(w.item -> 'ops') with ordinality x (o, n)))
     where w.state <> 'superseded' and w.item -> 'after' ? p_parked.txn_id::text;

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from local_store.door import digest_of
 from local_store.ops import Row, WireOp
+from syncer.errors import ProtocolMismatch
 
 ACCEPTED_AT = "2026-01-01T00:00:00.000000+00:00"
 STATUSES = ("active", "finalized", "abandoned")
@@ -30,12 +31,24 @@ class Server(Protocol):
         """Answer one call of the parking RPC."""
         ...
 
+    def retry(self, txn_ids: Sequence[str]) -> list[Row]:
+        """Try parked transactions again."""
+        ...
+
+    def discard(self, txn_ids: Sequence[str]) -> list[Row]:
+        """Give parked transactions up."""
+        ...
+
     def edit(self, table: str, row_id: str, **values: Any) -> None:
         """Change a row from outside."""
         ...
 
     def version(self, table: str, row_id: str) -> str | None:
         """Return a row's version, None when there is none."""
+        ...
+
+    def row(self, table: str, row_id: str) -> Row | None:
+        """Return a row, None when there is none."""
         ...
 
 
@@ -94,7 +107,15 @@ class Parking:
     state: str
 
 
-Step = Call | Parking | Edit
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A person decides about a transaction, whether it is parked or not."""
+
+    action: Literal["retry", "discard"]
+    txn_id: str
+
+
+Step = Call | Parking | Edit | Decision
 
 
 @dataclass
@@ -123,12 +144,32 @@ class Asked:
         """Park a transaction; returns its verdict."""
         transaction = self._fill(parking.transaction)
         park = {
-            "transaction": {**transaction, "before": [None] * len(transaction["ops"])},
+            "transaction": {
+                **transaction,
+                "before": [self._before(op) for op in transaction["ops"]],
+            },
             "state": parking.state,
             "blocked_by": next(iter(parking.transaction.after), None),
         }
         asked = {"log_id": parking.log_id, "acknowledged_seq": 0, "parks": [park]}
         return self.server.take(asked)["verdicts"]
+
+    def _before(self, op: Row) -> Row | None:
+        """Return what an op replaces, as if its author had read the row just now."""
+        row = None if op["kind"] == "insert" else self.server.row(op["table"], op["id"])
+        return row and {column: row[column] for column in op["values"]}
+
+    def decide(self, decision: Decision) -> list[Row]:
+        """Decide as a person does; returns the results, none where there is nothing to decide."""
+        try:
+            results = getattr(self.server, decision.action)([decision.txn_id])
+        except ProtocolMismatch:
+            return []
+        for result in results:
+            if result["verdict"] == "applied":
+                for key, version in result["versions"].items():
+                    self._remember(key, version)
+        return results
 
     def edit(self, edit: Edit) -> None:
         """Change a row from outside and remember its new version."""
@@ -184,6 +225,7 @@ class Generator:
         self._versions: dict[str, int] = {}
         self._revisions: dict[str, tuple[str, str]] = {}
         self._sent: list[tuple[str, SymbolicTransaction]] = []
+        self._parked: list[str] = []
         self._last: dict[str, str] = {}  # by row, the last transaction that changed it
 
     def steps(self, count: int) -> list[Step]:
@@ -197,8 +239,14 @@ class Generator:
             return Edit("sessions", session, {"metadata": {"outside": self._dice.randrange(10**6)}})
         if self._sent and self._dice.random() < 0.2:
             sender, transaction = self._dice.choice(self._sent[-8:])
+            if self._dice.random() < 0.4:  # one that never took effect
+                transaction = self._transaction(sender)
             state = "held" if transaction.after else self._dice.choice(("dead", "conflict"))
+            self._parked.append(transaction.txn_id)
             return Parking(sender, transaction, state)
+        if self._parked and self._dice.random() < 0.12:
+            action: Literal["retry", "discard"] = self._dice.choice(["retry", "discard"])
+            return Decision(action, self._dice.choice(self._parked[-6:]))
         log_id = self._dice.choice(self._logs)
         size = self._dice.choice((1, 1, 2, 3, 5))
         return Call(log_id, tuple(self._transaction(log_id) for _ in range(size)))
@@ -215,7 +263,7 @@ class Generator:
             if made is not None:
                 ops.append(made)
         after: tuple[str, ...] = ()
-        if self._dice.random() < 0.3:
+        if self._dice.random() < 0.2:
             ops, after = self._follow(ops)
         elif self._sent and self._dice.random() < 0.15:
             after = (self._dice.choice(self._sent)[1].txn_id,)

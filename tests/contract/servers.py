@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import psycopg
@@ -35,6 +36,14 @@ class PostgresServer:
         """Answer one call of the parking RPC."""
         return self._call("sync_park_v1", p)
 
+    def retry(self, txn_ids: Sequence[str]) -> list[Row]:
+        """Try parked transactions again."""
+        return self._call("sync_retry_v1", {"txn_ids": list(txn_ids)})["results"]
+
+    def discard(self, txn_ids: Sequence[str]) -> list[Row]:
+        """Give parked transactions up."""
+        return self._call("sync_discard_v1", {"txn_ids": list(txn_ids)})["results"]
+
     def _call(self, function: str, argument: Row) -> Row:
         statement = sql.SQL("select public.{}(%s) as reply").format(sql.Identifier(function))
         try:
@@ -66,6 +75,14 @@ class PostgresServer:
             (row_id,),
         ).fetchone()
         return None if found is None else found["v"]
+
+    def row(self, table: str, row_id: str) -> Row | None:
+        """Return a row, None when there is none."""
+        statement = sql.SQL("select to_jsonb(t) as r from public.{} t where id = %s")
+        found = self._connection.execute(
+            statement.format(sql.Identifier(table)), (row_id,)
+        ).fetchone()
+        return None if found is None else found["r"]
 
     def rows(self, table: str, columns: tuple[str, ...]) -> dict[str, Row]:
         """Return every row of a table by id, with these columns."""

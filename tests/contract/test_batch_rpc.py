@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from syncer.sessions.tables import SESSION_TABLES
-from tests.contract.batches import Asked, Call, Edit, Generator, Step
+from tests.contract.batches import Asked, Call, Decision, Edit, Generator, Step
 from tests.contract.servers import PostgresServer
-from tests.simulation.remote_model import RemoteModel
+from tests.simulation.model_people import OperatedModel
 
 HISTORIES = int(os.environ.get("CONTRACT_HISTORIES", "25"))
 STEPS = 60
@@ -29,8 +29,8 @@ def postgres(local_supabase) -> Iterator[PostgresServer]:
     server.close()
 
 
-def model() -> RemoteModel:
-    return RemoteModel({spec.name: spec for spec in SESSION_TABLES})
+def model() -> OperatedModel:
+    return OperatedModel({spec.name: spec for spec in SESSION_TABLES})
 
 
 def comparable(verdict: dict) -> dict:
@@ -59,6 +59,8 @@ def play(asked: Asked, step: Step) -> list[dict]:
     if isinstance(step, Edit):
         asked.edit(step)
         return []
+    if isinstance(step, Decision):
+        return asked.decide(step)
     return asked.call(step) if isinstance(step, Call) else asked.park(step)
 
 
@@ -77,7 +79,7 @@ def test_the_rpc_and_its_model_agree_on_a_random_history(postgres, seed):
     _compare_tables(postgres, reference)
 
 
-def _compare_tables(postgres: PostgresServer, reference: RemoteModel) -> None:
+def _compare_tables(postgres: PostgresServer, reference: OperatedModel) -> None:
     """The other histories' rows stand in the same tables, so only this one's are looked at."""
     for table, columns in COLUMNS.items():
         stored = postgres.rows(table, columns)
@@ -98,12 +100,17 @@ def _compare_tables(postgres: PostgresServer, reference: RemoteModel) -> None:
 
 def test_every_verdict_is_frequent_in_the_random_histories():
     seen: Counter[str] = Counter()
-    for seed in range(40):
+    for seed in range(60):
         reference = model()
         asked = Asked(reference)
         for step in Generator(seed).steps(STEPS):
-            seen.update(v["verdict"] for v in play(asked, step))
+            verdicts = [v["verdict"] for v in play(asked, step)]
+            seen.update(verdicts)
+            if isinstance(step, Decision):
+                seen.update(f"{step.action} {verdict}" for verdict in verdicts)
         seen.update(entry.state for entry in reference.parked.values())
     for word in ("applied", "duplicate", "conflict", "rejected", "held", "parked"):
         assert seen[word] > 100, seen
     assert min(seen["dead"], 10 * seen["superseded"]) > 30, seen
+    decided = ("retry applied", "retry conflict", "discard parked")
+    assert min(seen[word] for word in decided) > 5, seen

@@ -20,6 +20,7 @@ from syncer.sessions.tables import SESSION_TABLES
 from tests.contract.batches import Asked, Generator
 from tests.contract.servers import PostgresServer
 from tests.contract.test_batch_rpc import comparable, play
+from tests.simulation.model_people import OperatedModel
 from tests.simulation.remote_model import RemoteModel
 
 USER, STRANGER = user_uuid("github:42"), user_uuid("github:43")
@@ -145,7 +146,7 @@ class ThroughPostgrest(PostgresServer):
 def test_postgrest_changes_nothing_about_the_verdicts(local_supabase, seed):
     server = ThroughPostgrest(local_supabase)
     real = Asked(server)
-    modelled = Asked(RemoteModel({spec.name: spec for spec in SESSION_TABLES}))
+    modelled = Asked(OperatedModel({spec.name: spec for spec in SESSION_TABLES}))
     for step in Generator(seed).steps(40):
         found = [comparable(verdict) for verdict in play(real, step)]
         assert found == [comparable(verdict) for verdict in play(modelled, step)]

@@ -1,4 +1,4 @@
-"""Fixtures of the fault proxy tests."""
+"""Fixtures of the tests on real parts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from syncer.remote import SupabaseRemote
 from syncer.testkit.fault_proxy import FaultProxy
 from tests.integration.proxy_upstream import Upstream
 
@@ -21,3 +22,10 @@ def upstream() -> Iterator[Upstream]:
 def proxy(upstream: Upstream) -> Iterator[FaultProxy]:
     with FaultProxy.start("127.0.0.1", upstream.port, control_port=0) as running:
         yield running
+
+
+@pytest.fixture
+def remote(fresh_supabase) -> Iterator[SupabaseRemote]:
+    made = SupabaseRemote(fresh_supabase.url, fresh_supabase.secret_key)
+    yield made
+    made.close()

@@ -21,13 +21,6 @@ from tests.unit.session_store.conformance import SessionStoreConformance
 from tests.unit.session_store.support import OpenStore
 
 
-@pytest.fixture
-def remote(fresh_supabase) -> Iterator[SupabaseRemote]:
-    made = SupabaseRemote(fresh_supabase.url, fresh_supabase.secret_key)
-    yield made
-    made.close()
-
-
 class TestSupabaseSessionStore(SessionStoreConformance):
     """Straight to the server; each case ends with a balanced audit."""
 

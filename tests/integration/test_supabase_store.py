@@ -30,13 +30,6 @@ from tests.unit.session_store.support import ALICE, BOB, a_session, got
 
 
 @pytest.fixture
-def remote(fresh_supabase) -> Iterator[SupabaseRemote]:
-    made = SupabaseRemote(fresh_supabase.url, fresh_supabase.secret_key)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def sql(fresh_supabase) -> Iterator[psycopg.Connection]:
     with psycopg.connect(fresh_supabase.database_url, autocommit=True) as connection:
         yield connection

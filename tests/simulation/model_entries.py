@@ -11,7 +11,7 @@ from tests.simulation.model_rows import Key
 
 @dataclass(slots=True)
 class LedgerEntry:
-    """What the server remembers of an applied transaction."""
+    """What the server remembers of a transaction that is final."""
 
     log_id: str
     seq: int
@@ -19,6 +19,7 @@ class LedgerEntry:
     digest: str
     versions: dict[str, str | None]
     met: dict[str, str]
+    verdict: str = "applied"
 
     def links(self) -> dict[str, tuple[str | None, str | None]]:
         """Return for each row the version it left, and what a merge had met before."""

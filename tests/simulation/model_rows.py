@@ -67,6 +67,7 @@ class ModelRows:
     tables: Mapping[str, TableSpec]
     rows: dict[Key, ServerRow] = field(default_factory=dict)
     tombstones: dict[Key, str] = field(default_factory=dict)
+    poison: str | None = "poison"
     _ticks: int = 0
     _deleted: set[Key] = field(default_factory=set)
 
@@ -111,7 +112,8 @@ class ModelRows:
                 raise Refusal("rejected", index, "23502", message="null in a required column")
         for column, value in op["values"].items():
             enum = spec.columns[column].enum
-            if value == "poison" or (enum is not None and value not in enum):
+            is_poison = self.poison and isinstance(value, str) and value.startswith(self.poison)
+            if is_poison or (enum is not None and value not in enum):
                 raise Refusal("rejected", index, "23514", message="violates a check constraint")
 
     def _deleted_parents(self, item: Row) -> dict[str, None]:
@@ -139,6 +141,11 @@ class ModelRows:
         """Return a row's version, None when there is none."""
         row = self.rows.get((table, row_id))
         return None if row is None else row.version
+
+    def row(self, table: str, row_id: str) -> Row | None:
+        """Return a row, None when there is none."""
+        row = self.rows.get((table, row_id))
+        return None if row is None else self._shown((table, row_id), row)
 
     def _tick(self) -> str:
         self._ticks += 1

@@ -129,7 +129,7 @@ class RemoteModel(ModelRows):
         for txn_id, entry in self.ledger.items():
             seqs = [entry.seq] if entry.log_id == log_id else self._aliased(log_id, txn_id)
             found += [
-                {"seq": seq, "txn_id": txn_id, "digest": entry.digest, "state": "applied"}
+                {"seq": seq, "txn_id": txn_id, "digest": entry.digest, "state": entry.verdict}
                 for seq in seqs
             ]
         for txn_id, parked in self.parked.items():
@@ -169,27 +169,28 @@ class RemoteModel(ModelRows):
         return {"verdicts": [self._park_one(log_id, park) for park in p["parks"]]}
 
     def _park_one(self, log_id: str, park: Row) -> Row:
-        item, told = park["transaction"], _told(park["transaction"])
+        item, empty = park["transaction"], told(park["transaction"])
         known = self._known(log_id, item)
         if known is not None and known["verdict"] in ("duplicate", "parked"):
-            return {**told, **known}
+            return {**empty, **known}
         if self._seq_taken(log_id, item["seq"]):
-            return {**told, "verdict": "rejected", "sqlstate": "SYT02"}
+            return {**empty, "verdict": "rejected", "sqlstate": "SYT02"}
         waits = any(
             a in self.parked and self.parked[a].state != "superseded" for a in item["after"]
         )
         if park["state"] == "held" and not waits:
-            return {**told, "verdict": "held", "blocked_by": park.get("blocked_by")}
+            return {**empty, "verdict": "held", "blocked_by": park.get("blocked_by")}
         self.parked[item["txn_id"]] = ParkedEntry(log_id, item, park["state"], park)
         self._record(item, park.get("records") or [])
-        return {**told, "verdict": "parked", "state": park["state"]}
+        return {**empty, "verdict": "parked", "state": park["state"]}
 
     def _record(self, item: Row, records: Sequence[Row]) -> None:
         for record in records:
             key = (item["txn_id"], record["table"], record["id"], record["outcome"])
             self.records.setdefault(key, record)
 
-    def _known(self, log_id: str, item: Row) -> Row | None:
+    def _known(self, log_id: str, item: Row, *, is_parked: bool = False) -> Row | None:
+        """Return what is remembered of a transaction; `is_parked`: its parked copy asks."""
         known = self.ledger.get(item["txn_id"])
         if known is not None:
             if known.user_id != item["user_id"]:
@@ -198,12 +199,16 @@ class RemoteModel(ModelRows):
                 return {"verdict": "rejected", "sqlstate": "SYT01"}
             self._note_alias(log_id, item, known.log_id)
             rows = {key: self._seen(key, item["user_id"]) for key in known.versions}
+            if known.verdict == "discarded":
+                return {"verdict": "parked", "state": "discarded", "rows": rows}
             return {"verdict": "duplicate", "versions": known.versions, "rows": rows}
         parked = self.parked.get(item["txn_id"])
-        if parked is None or parked.item["user_id"] != item["user_id"]:
+        if is_parked or parked is None:
             return None
+        if parked.item["user_id"] != item["user_id"]:
+            return {"verdict": "rejected", "sqlstate": "42501"}
         if parked.item["digest"] != item["digest"]:
-            return None
+            return {"verdict": "rejected", "sqlstate": "SYT01"}
         self._note_alias(log_id, item, parked.log_id)
         names = [f"{op['table']}/{op['id']}" for op in parked.item["ops"]]
         gone = {name: self._seen(name, item["user_id"]) for name in names}
@@ -235,18 +240,20 @@ class RemoteModel(ModelRows):
                 return str(predecessor)
         return None
 
-    def _one(self, log_id: str, item: Row, chain: dict[str, Link]) -> Row:
-        told = _told(item)
-        known = self._known(log_id, item)
+    def _one(
+        self, log_id: str, item: Row, chain: dict[str, Link], *, is_parked: bool = False
+    ) -> Row:
+        empty = told(item)
+        known = self._known(log_id, item, is_parked=is_parked)
         if known is not None:
             if known["verdict"] == "duplicate":
                 chain.update(self.ledger[item["txn_id"]].links())
-            return {**told, **known}
-        if self._seq_taken(log_id, item["seq"]):
-            return {**told, "verdict": "rejected", "sqlstate": "SYT02"}
+            return {**empty, **known}
+        if not is_parked and self._seq_taken(log_id, item["seq"]):
+            return {**empty, "verdict": "rejected", "sqlstate": "SYT02"}
         blocker = self._blocker(item)
         if blocker is not None:
-            return {**told, "verdict": "held", "blocked_by": blocker}
+            return {**empty, "verdict": "held", "blocked_by": blocker}
         for entry in filter(None, map(self.ledger.get, item["after"])):
             for key, link in entry.links().items():
                 chain.setdefault(key, link)
@@ -257,8 +264,8 @@ class RemoteModel(ModelRows):
             self.rows, self.tombstones = saved, tombstones
             gone = self._deleted_parents(item) if refusal.item["sqlstate"] == "23503" else {}
             if gone:
-                return {**told, "verdict": "conflict", "op": refusal.item["op"], "rows": gone}
-            return {**told, **refusal.item}
+                return {**empty, "verdict": "conflict", "op": refusal.item["op"], "rows": gone}
+            return {**empty, **refusal.item}
         met = dict(item.get("met") or {})
         entry = LedgerEntry(log_id, item["seq"], item["user_id"], item["digest"], versions, met)
         chain.update(entry.links())
@@ -271,7 +278,7 @@ class RemoteModel(ModelRows):
             for op in item["ops"]
             if op["kind"] == "insert"
         }
-        return {**told, "verdict": "applied", "versions": versions, "rows": left}
+        return {**empty, "verdict": "applied", "versions": versions, "rows": left}
 
     def _supersede(self, item: Row) -> None:
         """Let a delete take its author's parked work on the deleted rows with it."""
@@ -384,7 +391,7 @@ class RemoteModel(ModelRows):
         return None
 
 
-def _told(item: Row) -> Row:
+def told(item: Row) -> Row:
     """Return a verdict's fields, still empty."""
     empty = dict.fromkeys(("state", "blocked_by", "op", "sqlstate", "message"))
     return {"txn_id": item["txn_id"], "versions": {}, "rows": {}, **empty}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from local_store import Delete, Insert, LocalStoreError, Outcome, Row, Update, user_uuid
+from local_store import Delete, Insert, LocalStoreError, Row, Update, user_uuid
 from local_store.clock import ManualClock
 from local_store.ops import Op
 from syncer.errors import SyncError
@@ -24,7 +24,7 @@ from syncer.remote import TableRead
 from syncer.testkit.fake_volume import FakeVolume
 from syncer.testkit.history import Finding, History, check, joined, observe_store
 from tests.simulation.machine import Container, Crash, Network, new_id_of
-from tests.simulation.remote_model import RemoteModel
+from tests.simulation.model_people import OperatedModel
 from tests.simulation.shipping import Harbour
 from tests.unit.history_world import ANN, BOB, TABLES, observe_model
 
@@ -56,6 +56,8 @@ _ACTIONS = {
     "edit": 5,
     "strike": 1,
     "discard": 2,
+    "retry": 3,
+    "cure": 1,
     "restart": 1,
 }
 _ON_A_VOLUME = {"ship": 6, "background": 2, "work": 3, "lose": 3}
@@ -83,7 +85,7 @@ class World:
         """Begin with a container on each folder; `spares` are for those that lose theirs."""
         self.seed, self.clock = seed, ManualClock()
         self.dice = Random(seed)
-        self.server = RemoteModel({spec.name: spec for spec in TABLES})
+        self.server = OperatedModel({spec.name: spec for spec in TABLES})
         self.network = Network(self.server, self.clock, self.dice, self.step)
         self.history = History(self.clock)
         self.steps = 0
@@ -259,7 +261,9 @@ class World:
     def _poison(self, container: Container) -> None:
         user, note = self._mine(container)
         if note is not None:
-            self._write(container, user, [Update("notes", note["id"], {"title": "poison"})])
+            self._write(
+                container, user, [Update("notes", note["id"], {"title": f"poison {self.steps}"})]
+            )
 
     def _orphan(self, container: Container) -> None:
         self._write(container, self.dice.choice(USERS), [self._comment(self._new_id())])
@@ -368,13 +372,27 @@ class World:
         notes = sorted(row_id for table, row_id in self.server.rows if table == "notes")
         return self.dice.choice(notes) if notes else None
 
-    def _discard(self, container: Container) -> None:
-        """Decide that a dead transaction comes to nothing."""
-        dead = [entry for entry in container.store.entries() if entry.state == "dead"]
-        if dead:
-            txn_id = self.dice.choice(dead).txn_id
+    def _open(self, *states: str) -> str | None:
+        """Return some parked transaction that a person could decide about."""
+        found = [txn_id for txn_id, entry in self.server.parked.items() if entry.state in states]
+        return self.dice.choice(sorted(found)) if found else None
+
+    def _discard(self, _container: Container) -> None:
+        """Decide that a parked transaction comes to nothing."""
+        txn_id = self._open("dead", "held")
+        if txn_id is not None:
             self.history.person(txn_id, "discard")
-            container.store.record([Outcome(txn_id, "discarded")])
+            self.server.discard([txn_id])
+
+    def _retry(self, _container: Container) -> None:
+        """Try dead letters again; that decides nothing, so nothing may be overwritten by it."""
+        txn_id = self._open("dead", "held", "conflict")
+        if txn_id is not None:
+            self.server.retry([txn_id])
+
+    def _cure(self, _container: Container) -> None:
+        """Change a constraint, so that what was refused would be taken now."""
+        self.server.poison = None
 
     def _restart(self, container: Container) -> None:
         self.harbour.leave(container)

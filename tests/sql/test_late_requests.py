@@ -116,6 +116,18 @@ def test_what_waits_behind_a_retried_change_goes_along_where_nobody_else_wrote(d
     assert db.one("select metadata from sessions where id = %s", row_id) == {"n": 2}
 
 
+def test_what_waits_behind_a_change_that_a_retry_merged_in_vain_meets_the_row_by_itself(db, user):
+    row_id, [first, second], _ = overtaken(db, user)
+    bad = {**first, "ops": [{**first["ops"][0], "values": {"source": "bogus"}}]}
+    park(db, dead(bad, [{"source": "prompt"}]))
+    park(db, held(second, bad["txn_id"], [{"status": "active"}]))
+    results = db.call("sync_retry_v1", {"txn_ids": [bad["txn_id"]]})["results"]
+    assert kinds(results) == ["rejected"]
+    results = db.call("sync_discard_v1", {"txn_ids": [bad["txn_id"]]})["results"]
+    assert kinds(results) == ["parked", "conflict"]
+    assert status_of(db, row_id) == "abandoned"
+
+
 # -- behind what came to nothing --
 
 
