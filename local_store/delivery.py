@@ -123,6 +123,7 @@ class Delivery:
         elif came_to_nothing:
             rows.drop(connection, tables, found.position, counter)
         rows.note_versions(connection, versions, counter)
+        rows.doubt(connection, outcome.doubted, counter)
         self._learn(connection, outcome)
         for name, row in outcome.rows.items():
             chains_.rebuild(connection, tables, split_name(name), row, counter)
@@ -177,6 +178,10 @@ class Delivery:
     def recheck(self, txn_ids: Iterable[str]) -> None:
         """Ask about these parked transactions in the next pass: something was decided."""
         self._file.change("a recheck", lambda c: op_log.recheck(c, list(txn_ids)))
+
+    def hurry(self) -> None:
+        """Let everything that is held be sent in the next pass: what it waits for may be there."""
+        self._file.change("a hurry", op_log.hurry, synced=False)
 
     def parked_among(self, txn_ids: Sequence[str]) -> set[str]:
         """Return which of these transactions the server keeps parked, as far as is known here."""

@@ -209,6 +209,11 @@ def recheck(connection: sqlite3.Connection, txn_ids: Iterable[str]) -> None:
     )
 
 
+def hurry(connection: sqlite3.Connection) -> None:
+    """Make what is held here due."""
+    connection.execute("UPDATE op_log SET due_at = 0 WHERE state = 'held' AND parked = 0")
+
+
 def parked_among(connection: sqlite3.Connection, txn_ids: Sequence[str]) -> set[str]:
     """Return which of these transactions the server keeps parked, as far as is known here."""
     found: set[str] = set()

@@ -193,7 +193,8 @@ class Outcome:
     author left to the server's defaults, or whole rows as they stand there. `retry_after_s` delays
     the next attempt of a held one, and the next question about a parked one. `reply` keeps the
     server's evidence; None leaves what was kept before. `parked` says that the server has taken it
-    over; dead and conflict are recorded only then.
+    over; dead and conflict are recorded only then. `doubted` rows are those that another container
+    left out when it delivered the transaction: nobody here knows on what version they stand.
     """
 
     txn_id: str
@@ -204,6 +205,7 @@ class Outcome:
     rows: Mapping[str, Row | None] = field(default_factory=dict)
     learned: Mapping[str, Row | None] = field(default_factory=dict)
     parked: bool = False
+    doubted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

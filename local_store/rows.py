@@ -261,6 +261,14 @@ def note_versions(
     )
 
 
+def doubt(connection: sqlite3.Connection, names: Iterable[str], counter: int) -> None:
+    """Forget the versions of rows: what is pending on them must meet the server's row."""
+    connection.executemany(
+        "UPDATE rows SET base = NULL, changed_at = ? WHERE tbl = ? AND id = ?",
+        [(counter, *split_name(name)) for name in names],
+    )
+
+
 def fold(connection: sqlite3.Connection, tables: Tables, key: Key, counter: int) -> None:
     """Fold into a row what is confirmed and has nothing pending before it."""
     bearing = connection.execute(

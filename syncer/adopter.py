@@ -223,8 +223,21 @@ class Adopter:
                     waiting = 0
                 if not self._has_time(found):
                     break
+            found.remaining[names[0].log_id] = self._flush_on(found, flusher, store)
+
+    def _flush_on(self, found: _Pass, flusher: Flusher, store: LocalStore) -> int:
+        """Deliver while it gets less, without the waits of a buffer that has more than one pass.
+
+        Returns how many of the selected stay.
+        """
+        left = store.count(found.selection)
+        while left:
             self._flush(found, flusher)
-            found.remaining[names[0].log_id] = store.count(found.selection)
+            before, left = left, store.count(found.selection)
+            if left == before:
+                break
+            store.hurry()
+        return left
 
     def _has_time(self, found: _Pass) -> bool:
         return found.goes_on and self._clock.monotonic() < found.end and found.keep_going()

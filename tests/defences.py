@@ -88,6 +88,22 @@ DEFENCES = (
         ("tests/sql/test_apply_batch.py", "tests/sql/test_apply_batch_author.py"),
     ),
     Defence(
+        "one ground for a chain",
+        "a late request overwrites what its author never saw",
+        "migrations/013_create_sync_effects.sql",
+        "if v_rewritten and v_base is not null then",
+        "if false then",
+        ("tests/sql/test_late_requests.py",),
+    ),
+    Defence(
+        "parking together",
+        "a segment stays on the Volume for ever",
+        "syncer/flusher.py",
+        "        parked |= {park.transaction.txn_id for park in parks}\n",
+        "",
+        ("tests/unit/test_shipping_chains.py",),
+    ),
+    Defence(
         "reply validation",
         "somebody else's reply counts as delivered",
         "syncer/core/wire.py",

@@ -67,7 +67,15 @@ def sort_out(
     for transaction, verdict in zip(transactions, verdicts, strict=True):
         match verdict.kind:
             case "applied" | "duplicate":
-                outcome = Outcome(verdict.txn_id, "applied", verdict.versions, learned=verdict.rows)
+                # What another container made of it may leave rows out that it has here.
+                names = dict.fromkeys(f"{op.table}/{op.id}" for op in transaction.ops)
+                outcome = Outcome(
+                    verdict.txn_id,
+                    "applied",
+                    verdict.versions,
+                    learned=verdict.rows,
+                    doubted=tuple(name for name in names if name not in verdict.versions),
+                )
                 _settle(found, transaction, verdict, outcome)
             case "parked":
                 _sort_parked(found, transaction, verdict, jitter(), limits)

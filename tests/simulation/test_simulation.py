@@ -19,7 +19,7 @@ from tests.simulation.remote_model import RemoteModel
 from tests.simulation.world import VOLUME_EVERY
 
 FIRST_SEED = int(os.environ.get("SIMULATION_SEED", "1"))
-HISTORIES = int(os.environ.get("SIMULATION_HISTORIES", "800"))
+HISTORIES = int(os.environ.get("SIMULATION_HISTORIES", "1500"))
 JOBS = min(2, os.cpu_count() or 1)
 SEEDS_OF_A_DEFENCE = range(1, 60)
 

@@ -100,6 +100,16 @@ def test_all_that_is_pending_on_a_merged_row_says_what_the_merge_met(store: Loca
     assert [txn.met for txn in waiting(store)] == [{name: "v9"}] * 2
 
 
+def test_a_doubted_row_has_no_version_for_what_is_pending_on_it(store: LocalStore):
+    row_id = synced(store, text="a")
+    first = write(store, Update("notes", row_id, {"text": "b"}))
+    write(store, Update("notes", row_id, {"text": "c"}))
+    store.record([Outcome(first, "applied", {}, doubted=(f"notes/{row_id}",))])
+    [left] = waiting(store)
+    assert (left.bases, left.chained) == ((None,), (False,))
+    assert shown(store, row_id)["text"] == "c"
+
+
 def test_a_merge_that_met_no_row_is_told_from_none(store: LocalStore):
     row_id = synced(store, text="a")
     write(store, Update("notes", row_id, {"text": "b"}))

@@ -10,8 +10,9 @@ from local_store import Delete, Insert, Update
 from local_store.clock import new_id
 from syncer.flusher import Flusher, FlushLimits
 from tests.simulation.remote_model import RemoteModel
+from tests.unit.buffer_tables import waiting
 from tests.unit.history_world import TABLES as NOTES
-from tests.unit.shipping_world import USER, World, add_child, create, edit
+from tests.unit.shipping_world import USER, Host, World, add_child, create, edit
 
 
 @pytest.fixture
@@ -214,3 +215,46 @@ def test_what_builds_on_work_parked_by_its_container_is_parked_behind_it(world):
 
     assert (report.remaining, report.collected) == (0, 1)
     assert sorted(entry.state for entry in world.server.parked.values()) == ["dead", "held"]
+
+
+def in_conflict(world: World) -> tuple[Host, str]:
+    """A container with two changes of a note, the first merged and left to a person, not parked."""
+    world.server = RemoteModel({spec.name: spec for spec in NOTES})
+    host, note = world.host(tables=NOTES), new_id()
+    host.store.write([Insert("notes", {"id": note, "text": "first"})], user_id=USER)
+    world.deliver(host)
+    host.store.write([Update("notes", note, {"text": "mine"})], user_id=USER)
+    host.store.write([Update("notes", note, {"text": "mine too"})], user_id=USER)
+    world.server.edit("notes", note, text="theirs")
+    Flusher(host.store, world.server, clock=world.clock).flush_once()
+    return host, note
+
+
+def apply_without_ops(world: World, host: Host) -> None:
+    """What a worker's merge may have made of the first change: nothing was left of it."""
+    first = waiting(host.store)[0]
+    names = ("txn_id", "seq", "user_id", "digest", "accepted_at")
+    sent = {**{name: getattr(first, name) for name in names}, "after": [], "ops": []}
+    batch = {"log_id": host.store.log_id, "acknowledged_seq": 3, "transactions": [sent]}
+    assert [v["verdict"] for v in world.server.apply(batch)["verdicts"]] == ["applied"]
+
+
+def test_what_follows_a_change_that_another_container_left_out_meets_the_row_by_itself(world):
+    host, note = in_conflict(world)
+    apply_without_ops(world, host)
+    world.deliver(host)
+    assert world.server.rows[("notes", note)].values["text"] == "theirs"
+    [record] = world.server.records.values()
+    assert (record["outcome"], record["mine"]) == ("manual", {"text": "mine too"})
+
+
+def test_a_worker_comes_back_to_what_it_could_not_merge_before_its_own_pass_settled_more(world):
+    host, note = in_conflict(world)
+    host.shipper.ship()
+    apply_without_ops(world, host)
+    world.server.delete_row(("notes", note))
+    host.die()
+
+    report = world.work(tables=NOTES)
+
+    assert (report.remaining, report.collected) == (0, 1)
