@@ -261,11 +261,10 @@ begin
         v_base := v_parked ->> 'base';
       end if;
       -- What came to nothing is not built upon either: any row there is a surprise.
-      v_found := coalesce(v_found, (
-        select bool_or(sync.came_to_nothing(a::uuid, v_user))
-          from jsonb_array_elements_text(p_transaction -> 'after') a));
-      if v_base is null and v_parked is null and v_found is not true
-          and not coalesce(p_chain -> 'versions' ? v_key, false) then
+      if v_base is null and v_parked is null and v_found is null
+          and not coalesce(p_chain -> 'versions' ? v_key, false)
+          and not exists (select from jsonb_array_elements_text(p_transaction -> 'after') a
+            where sync.came_to_nothing(a::uuid, v_user)) then
         perform sync.protocol_error('chained without a predecessor: ' || v_key);
       end if;
     elsif not v_op ? 'base' and v_op ->> 'kind' <> 'insert' then
