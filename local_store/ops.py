@@ -194,7 +194,7 @@ class Outcome:
     the next attempt of a held one, and the next question about a parked one. `reply` keeps the
     server's evidence; None leaves what was kept before. `parked` says that the server has taken it
     over; dead and conflict are recorded only then. `doubted` rows are those that another container
-    left out when it delivered the transaction: nobody here knows on what version they stand.
+    merged or left out when it delivered the transaction: what follows here didn't see that.
     """
 
     txn_id: str

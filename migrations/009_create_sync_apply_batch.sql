@@ -5,7 +5,8 @@
 --
 --   guard → lock the log → remember its end → lock rows in one order → for each author's run of
 --   transactions (plain ones in one stretch as the author, the others one by one):
---     in the ledger?            duplicate, with the versions stored then and the rows as they are
+--     in the ledger?            duplicate, with the versions stored then, the ground they stand on
+--                               (`met`, 013), and the rows as they are
 --     parked or discarded?      parked, with its state
 --     at or below the floor?    fenced: the ledger has forgotten whether it was applied
 --     a predecessor missing?    held, blocked_by
@@ -228,7 +229,7 @@ begin
     perform sync.note_alias(p_log_id, p_transaction, v_known.log_id);
     if v_known.verdict = 'applied' then
       return jsonb_build_object('verdict', 'duplicate', 'versions', v_known.versions,
-        'rows', sync.see(v_user, sync.reads_for(v_known.versions)));
+        'met', v_known.met, 'rows', sync.see(v_user, sync.reads_for(v_known.versions)));
     elsif v_known.replaced_by is not null and exists (select from sync.parked p
         where p.txn_id = sync.successor_of(v_known.txn_id) and p.state <> 'superseded') then
       return jsonb_build_object('verdict', 'parked', 'state', 'dead',
@@ -669,8 +670,7 @@ begin
       if v_verdict ->> 'verdict' = 'applied' then
         v_done := v_done || (v_transaction ->> 'txn_id');
       elsif v_verdict ->> 'verdict' = 'duplicate' then
-        select l.met into v_met from sync.ledger l
-          where l.txn_id = (v_transaction ->> 'txn_id')::uuid;
+        v_met := v_verdict -> 'met';
       end if;
       perform sync.enter(v_user, null);
     end if;

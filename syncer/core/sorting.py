@@ -67,14 +67,12 @@ def sort_out(
     for transaction, verdict in zip(transactions, verdicts, strict=True):
         match verdict.kind:
             case "applied" | "duplicate":
-                # What another container made of it may leave rows out that it has here.
-                names = dict.fromkeys(f"{op.table}/{op.id}" for op in transaction.ops)
                 outcome = Outcome(
                     verdict.txn_id,
                     "applied",
                     verdict.versions,
                     learned=verdict.rows,
-                    doubted=tuple(name for name in names if name not in verdict.versions),
+                    doubted=_doubted(transaction, verdict),
                 )
                 _settle(found, transaction, verdict, outcome)
             case "parked":
@@ -90,6 +88,21 @@ def sort_out(
             case _:
                 assert_never(verdict.kind)
     return found
+
+
+def _doubted(transaction: PendingTransaction, verdict: Verdict) -> tuple[str, ...]:
+    """Return the rows of a duplicate that another container merged, or left out, in its own way.
+
+    What its author wrote after it knew nothing of that: it must meet those rows by itself.
+    """
+    if verdict.kind != "duplicate":
+        return ()
+    names = dict.fromkeys(f"{op.table}/{op.id}" for op in transaction.ops)
+    return tuple(
+        name
+        for name in names
+        if name not in verdict.versions or verdict.met.get(name) != transaction.met.get(name)
+    )
 
 
 def park_of(transaction: PendingTransaction, verdict: Verdict) -> Park:

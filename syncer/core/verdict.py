@@ -19,7 +19,8 @@ PARKED_STATES: frozenset[str] = frozenset(("dead", "conflict", "held", "discarde
 class Verdict:
     """One verdict. `versions` and `rows` are keyed `table/id`; `op` is the failing op's index.
 
-    `state` says where a parked transaction stands; it is None for every other verdict.
+    `state` says where a parked transaction stands; it is None for every other verdict. `met` tells
+    of a duplicate what a merge had put its rows on when it was applied (PendingTransaction.met).
     """
 
     txn_id: str
@@ -27,6 +28,7 @@ class Verdict:
     state: ParkedState | None = None
     versions: Mapping[str, str | None] = field(default_factory=dict)
     rows: Mapping[str, Any] = field(default_factory=dict)
+    met: Mapping[str, str] = field(default_factory=dict)
     blocked_by: str | None = None
     op: int | None = None
     sqlstate: str | None = None

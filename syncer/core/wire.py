@@ -143,8 +143,8 @@ def _decode_verdict(item: Mapping[str, Any]) -> Verdict:
             " version doesn't know",
             hint="update the workers before the migrations; nothing is lost",
         )
-    versions, rows = item.get("versions") or {}, item.get("rows") or {}
-    if not isinstance(versions, Mapping) or not isinstance(rows, Mapping):
+    versions, rows, met = (item.get(name) or {} for name in ("versions", "rows", "met"))
+    if not all(isinstance(part, Mapping) for part in (versions, rows, met)):
         raise ReplyUnreadable("a verdict carries malformed versions or rows", hint="will be resent")
     return Verdict(
         txn_id=item["txn_id"],
@@ -152,6 +152,7 @@ def _decode_verdict(item: Mapping[str, Any]) -> Verdict:
         state=item.get("state"),
         versions=dict(versions),
         rows=_with_floats(dict(rows)),
+        met=dict(met),
         blocked_by=item.get("blocked_by"),
         op=item.get("op"),
         sqlstate=item.get("sqlstate"),

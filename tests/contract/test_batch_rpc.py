@@ -50,6 +50,7 @@ def comparable(verdict: dict) -> dict:
         "op": verdict["op"],
         "blocked_by": verdict["blocked_by"],
         "versions": {key: version is None for key, version in verdict["versions"].items()},
+        "met": sorted(verdict.get("met") or {}),
         "rows": rows,
     }
 

@@ -201,7 +201,8 @@ class RemoteModel(ModelRows):
             rows = {key: self._seen(key, item["user_id"]) for key in known.versions}
             if known.verdict == "discarded":
                 return {"verdict": "parked", "state": "discarded", "rows": rows}
-            return {"verdict": "duplicate", "versions": known.versions, "rows": rows}
+            answer = {"versions": known.versions, "met": known.met, "rows": rows}
+            return {"verdict": "duplicate", **answer}
         parked = self.parked.get(item["txn_id"])
         if is_parked or parked is None:
             return None

@@ -8,7 +8,7 @@ import pytest
 
 from local_store import Delete, Insert, Update
 from local_store.clock import new_id
-from syncer.flusher import Flusher, FlushLimits
+from syncer.flusher import Flusher, FlushLimits, drain
 from tests.simulation.remote_model import RemoteModel
 from tests.unit.buffer_tables import waiting
 from tests.unit.history_world import TABLES as NOTES
@@ -258,3 +258,23 @@ def test_a_worker_comes_back_to_what_it_could_not_merge_before_its_own_pass_sett
     report = world.work(tables=NOTES)
 
     assert (report.remaining, report.collected) == (0, 1)
+
+
+def test_what_follows_a_change_that_a_worker_merged_meets_the_row_by_itself(world):
+    """Its owner hears of a duplicate, and nothing of what that was merged with."""
+    world.server = RemoteModel({spec.name: spec for spec in NOTES})
+    host, note = world.host(tables=NOTES), new_id()
+    host.store.write([Insert("notes", {"id": note, "text": "a", "title": "b"})], user_id=USER)
+    world.deliver(host)
+    host.store.write([Update("notes", note, {"text": "mine"})], user_id=USER)
+    host.shipper.ship()
+    world.server.edit("notes", note, title="theirs")
+    world.work(tables=NOTES)
+    host.store.write([Update("notes", note, {"title": "mine"})], user_id=USER)
+    limits = FlushLimits(batch_ops_max=1)
+    owner = Flusher(host.store, world.server, limits=limits, clock=world.clock)
+    drain(owner, world.clock, budget_s=60.0)
+    values = world.server.rows[("notes", note)].values
+    assert (values["text"], values["title"]) == ("mine", "theirs")
+    [record] = world.server.records.values()
+    assert (record["outcome"], record["columns"]) == ("manual", ["title"])
