@@ -111,7 +111,7 @@ class Delivery:
     ) -> None:
         now, tables = self._clock.now(), self._tables
         came_to_nothing = outcome.state in SETTLED and outcome.state != "applied"
-        changed = {split_name(name) for name in outcome.rows}
+        changed = {split_name(name) for name in (*outcome.rows, *outcome.doubted)}
         if came_to_nothing:
             changed |= chains_.touched(connection, found.position)
         before = rows.views(connection, tables, changed)
@@ -123,11 +123,20 @@ class Delivery:
         elif came_to_nothing:
             rows.drop(connection, tables, found.position, counter)
         rows.note_versions(connection, versions, counter)
-        rows.doubt(connection, outcome.doubted, counter)
+        self._doubt(connection, outcome, counter)
         self._learn(connection, outcome)
         for name, row in outcome.rows.items():
             chains_.rebuild(connection, tables, split_name(name), row, counter)
         chains_.number(connection, tables, before, counter)
+
+    def _doubt(self, connection: sqlite3.Connection, outcome: Outcome, counter: int) -> None:
+        """Believe no version of rows that were merged elsewhere; a clean one is taken over."""
+        for name in outcome.doubted:
+            key = split_name(name)
+            if rows.pending_among(connection, [key]):
+                rows.doubt(connection, key, counter)
+            elif name in outcome.learned and key[0] in self._tables:
+                chains_.rebuild(connection, self._tables, key, outcome.learned[name], counter)
 
     def _learn(self, connection: sqlite3.Connection, outcome: Outcome) -> None:
         """Fill in columns that were left to the server: later merges must know their values."""

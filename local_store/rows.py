@@ -261,11 +261,10 @@ def note_versions(
     )
 
 
-def doubt(connection: sqlite3.Connection, names: Iterable[str], counter: int) -> None:
-    """Forget the versions of rows: what is pending on them must meet the server's row."""
-    connection.executemany(
-        "UPDATE rows SET base = NULL, changed_at = ? WHERE tbl = ? AND id = ?",
-        [(counter, *split_name(name)) for name in names],
+def doubt(connection: sqlite3.Connection, key: Key, counter: int) -> None:
+    """Forget the version of a row: what is pending on it must meet the server's row."""
+    connection.execute(
+        "UPDATE rows SET base = NULL, changed_at = ? WHERE tbl = ? AND id = ?", (counter, *key)
     )
 
 

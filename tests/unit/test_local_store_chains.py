@@ -110,6 +110,21 @@ def test_a_doubted_row_has_no_version_for_what_is_pending_on_it(store: LocalStor
     assert shown(store, row_id)["text"] == "c"
 
 
+def test_a_doubted_row_without_anything_pending_becomes_the_servers(store: LocalStore):
+    row_id = synced(store, text="a", number=1)
+    txn_id = write(store, Update("notes", row_id, {"text": "b"}))
+    name = f"notes/{row_id}"
+    learned = {name: served(row_id, text="b", number=7)}
+    outcome = Outcome(txn_id, "applied", {name: "v9"}, learned=learned, doubted=(name,))
+    before = shown(store, row_id)["_version"]
+    store.record([outcome])
+    row = shown(store, row_id)
+    assert (row["number"], row["updated_at"], row["_pending"]) == (7, "v9", False)
+    assert row["_version"] > before
+    write(store, Update("notes", row_id, {"number": 8}))
+    assert waiting(store)[0].bases == ("v9",)
+
+
 def test_a_merge_that_met_no_row_is_told_from_none(store: LocalStore):
     row_id = synced(store, text="a")
     write(store, Update("notes", row_id, {"text": "b"}))
