@@ -18,8 +18,8 @@ from pathlib import Path
 
 from local_store import LocalStore
 from local_store.clock import SystemClock
-from tests.simulation.machine import Image, image_of, restore
-from tests.simulation.world import PLANNED, TABLES, Report, World
+from tests.simulation.machine import Image, Report, image_of, restore
+from tests.simulation.world import PLANNED, TABLES, World
 
 CLOCK = SystemClock()
 CONTAINERS, SPARES = 2, 2

@@ -33,6 +33,18 @@ CALL_S = 0.2
 _SHARED_MEMORY = "-shm"  # made anew by the first who opens the file
 
 
+@dataclass(frozen=True)
+class Report:
+    """What one history did and what is wrong with it."""
+
+    seed: int
+    steps: int
+    crashes: int
+    conflicts: int
+    trace: str
+    findings: tuple[str, ...]
+
+
 class Crash(BaseException):
     """The process at these edges ends here; nothing may catch it but the world."""
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -23,7 +22,7 @@ from syncer.errors import SyncError
 from syncer.remote import TableRead
 from syncer.testkit.fake_volume import FakeVolume
 from syncer.testkit.history import Finding, History, check, joined, observe_store
-from tests.simulation.machine import Container, Crash, Network, new_id_of
+from tests.simulation.machine import Container, Crash, Network, Report, new_id_of
 from tests.simulation.model_people import OperatedModel
 from tests.simulation.shipping import Harbour
 from tests.unit.history_world import ANN, BOB, TABLES, observe_model
@@ -64,18 +63,6 @@ _ON_A_VOLUME = {"ship": 6, "background": 2, "work": 3, "lose": 3}
 VOLUME_EVERY = 4  # histories have a Volume: a pass of its worker costs as much as 20 other steps
 
 
-@dataclass(frozen=True)
-class Report:
-    """What one history did and what is wrong with it."""
-
-    seed: int
-    steps: int
-    crashes: int
-    conflicts: int
-    trace: str
-    findings: tuple[str, ...]
-
-
 class World:
     """Two containers before one modelled server."""
 
@@ -110,15 +97,20 @@ class World:
 
     def run(self, plan: Sequence[int]) -> Report:
         """Run the planned steps, then let all become quiet, and judge."""
+        try:
+            return self._run(plan)
+        finally:  # the next history has the same files: nobody may have them open
+            for container in self.containers:
+                self.harbour.leave(container)
+                container.close()
+
+    def _run(self, plan: Sequence[int]) -> Report:
         for number in plan:
             self._reseed(number)
             self._take(number)
         self._reseed(len(plan))
         self._quieten()
         findings = [f"{f.kind}: {f}" for f in self._judge()]
-        for container in self.containers:
-            self.harbour.leave(container)
-            container.close()
         return Report(
             self.seed,
             self.steps,
@@ -191,8 +183,8 @@ class World:
         self.wrong.append(f"stuck: {container.store.stats()['pending']} are never delivered")
 
     def _judge(self) -> list[Finding]:
-        stores = [container.store for container in self.containers]
-        seen = joined(*map(observe_store, stores), observe_model(self.server))
+        stores = [observe_store(container.store) for container in self.containers]
+        seen = joined(*stores, observe_model(self.server))
         return list(check(self.history, seen, TABLES, reads_recorded=True))
 
     # -- users --
@@ -221,8 +213,7 @@ class World:
         self._write(container, self.dice.choice(USERS), ops)
 
     def _comment(self, note: str) -> Insert:
-        values = {"id": self._new_id(), "note_id": note, "text": self._text()}
-        return Insert("comments", values)
+        return Insert("comments", {"id": self._new_id(), "note_id": note, "text": self._text()})
 
     def _update(self, container: Container) -> None:
         user, note = self._mine(container)
