@@ -6,15 +6,16 @@ python -m benchmarks.api_server buffered|supabase
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
+import orjson
 import uvicorn
 
 from syncer.remote import SupabaseRemote
 from syncer.service.runtime import Runtime
 from syncer.service.server import set_up_logging_of, tune_interpreter
 from syncer.sessions import PromptSession, SupabaseSessionStore
-from syncer.sessions.store_api import SyncInfo
+from syncer.sessions.models import SessionStatus
+from syncer.sessions.store_api import DocumentPage, SyncInfo
 from syncer.settings import Settings
 
 
@@ -27,9 +28,16 @@ class DirectSessions(SupabaseSessionStore):
         """Return that nothing waits."""
         return SyncInfo("synced", 0, "remote", stale=False)
 
-    def sync_infos(self, sessions: Sequence[PromptSession]) -> list[SyncInfo]:
-        """Return that nothing waits."""
-        return [self.sync_info(session) for session in sessions]
+    def list_documents(
+        self, status: SessionStatus | None, limit: int, cursor: str | None
+    ) -> DocumentPage:
+        """Return a page as the routes send it."""
+        page = self.list_page(status, limit, cursor)
+        shown = [
+            orjson.dumps({**session.to_dict(), "sync": self.sync_info(session).to_dict()})
+            for session in page.sessions
+        ]
+        return DocumentPage(shown, page.complete, page.next)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@
 It knows tables, rows and operations; it doesn't know what a session is or where rows go.
 """
 
+from local_store.aggregates import Aggregate, Stamp, Unsettled
 from local_store.errors import (
     BufferFull,
     CommitUnknown,
@@ -39,6 +40,7 @@ from local_store.ops import (
 from local_store.store import LocalStore
 
 __all__ = [
+    "Aggregate",
     "BufferFull",
     "Column",
     "CommitUnknown",
@@ -58,11 +60,13 @@ __all__ = [
     "RowNotFound",
     "SchemaTooNew",
     "Selection",
+    "Stamp",
     "StoreClosed",
     "StoreCorrupt",
     "TableSpec",
     "TransactionIdReused",
     "TransactionState",
+    "Unsettled",
     "Update",
     "VersionMismatch",
     "user_uuid",

@@ -13,8 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from local_store import (
+    aggregates,
+    due,
+    figures,
+    housekeeping,
+    integrity,
+    op_log,
+    reopening,
+    rows,
+    schema,
+)
 from local_store import chains as chains_
-from local_store import due, figures, housekeeping, integrity, op_log, reopening, rows, schema
 from local_store.buffer_file import BufferFile
 from local_store.clock import Clock, isoformat
 from local_store.decoding import RecordDamaged
@@ -284,7 +294,7 @@ class Delivery:
         spec, author = self._spec(table), user_uuid(user_id)
         known = {id: lookup_id(spec, id) or "" for id in ids}
         rows_asked = sorted(set(known.values()))
-        found = self._file.read(lambda c: op_log.unsettled_of(c, table, rows_asked, author))
+        found = self._file.read(lambda c: aggregates.unsettled_of(c, table, rows_asked, author))
         return {id: found[row_id] for id, row_id in known.items()}
 
     def entries(

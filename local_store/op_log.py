@@ -26,7 +26,6 @@ from local_store.ops import (
     user_uuid,
 )
 from local_store.schema import PENDING, intact
-from local_store.schema import SETTLED as SETTLED_STAGE
 from local_store.views import Key
 
 DUE_AHEAD_MAX_S = 3_600.0
@@ -315,30 +314,6 @@ def entries(
         (log_id, after_seq, limit),
     )
     return [LogEntry(*entry) for entry in found]
-
-
-def unsettled_of(
-    connection: sqlite3.Connection, table: str, row_ids: Sequence[str], user_id: str
-) -> dict[str, list[tuple[str, int, TransactionState]]]:
-    """Return by row (txn_id, seq, state) of what is not settled on it or on its children."""
-    asked = "json_each(?3) k CROSS JOIN"
-    found = connection.execute(
-        "SELECT t.root, l.txn_id, l.seq, l.state FROM ("
-        f" SELECT k.value AS root, t.position, t.stage FROM {asked} touches t"
-        "  ON t.tbl = ?2 AND t.id = k.value"
-        f" UNION SELECT k.value, t.position, t.stage FROM {asked} touches t"
-        "  ON t.parent_id = k.value"
-        f" UNION SELECT k.value, t.position, t.stage FROM {asked} rows r ON r.parent_id = k.value"
-        "  CROSS JOIN touches t ON t.tbl = r.tbl AND t.id = r.id"
-        ") t CROSS JOIN op_log l ON l.position = t.position"
-        f" WHERE l.user_id = ?1 AND t.stage <> {SETTLED_STAGE} GROUP BY t.root, l.position"
-        " ORDER BY l.position",
-        (user_id, table, orjson.dumps(list(row_ids)).decode()),
-    )
-    told: dict[str, list[tuple[str, int, TransactionState]]] = {row_id: [] for row_id in row_ids}
-    for root, *transaction in found:
-        told[root].append(tuple(transaction))
-    return told
 
 
 def reply_of(connection: sqlite3.Connection, txn_id: str) -> Any:

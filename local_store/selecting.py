@@ -72,6 +72,14 @@ def select(connection: sqlite3.Connection, tables: Tables, question: Question) -
     return found if question.limit < 0 else found[: question.limit]
 
 
+def candidates(connection: sqlite3.Connection, question: Question) -> tuple[list[str], list[str]]:
+    """Return the keys among which the answer is: of clean rows that are it, of all changed ones."""
+    sql, values = _search(question)
+    found = connection.execute(f"SELECT r.id {sql}", values).fetchall()
+    touched = _touched_keys(connection, question.spec, question.user_id, question.where)
+    return [row_id for (row_id,) in found], [row_id for _table, row_id in touched]
+
+
 def _clean(connection: sqlite3.Connection, question: Question) -> list[Row]:
     sql, values = _search(question)
     found = connection.execute(

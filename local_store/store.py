@@ -13,7 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from local_store import integrity, op_log, opening, rows, schema, schemas, selecting
+from local_store import aggregates, integrity, op_log, opening, rows, schema, schemas, selecting
+from local_store.aggregates import Aggregate, Stamp
 from local_store.appending import Group
 from local_store.buffer_file import BufferFile
 from local_store.clock import Clock, SystemClock, isoformat, new_id
@@ -238,6 +239,43 @@ class LocalStore(Delivery, Sealing):
         spec, author = self._spec(table), user_uuid(user_id)
         question = Question(spec, author, where or {}, order_by, limit, columns, after)
         return self._file.read(lambda c: selecting.select(c, self._tables, question))
+
+    def candidates(
+        self,
+        table: str,
+        *,
+        user_id: str,
+        where: Mapping[str, Any] | None = None,
+        order_by: str | None = None,
+        limit: int = 100,
+        after: tuple[Any, str] | None = None,
+    ) -> tuple[list[str], list[str]]:
+        """Return the ids among which `select` would find its rows, without reading any.
+
+        First those of at most `limit` unchanged rows that fit, in order; then those of every row
+        with changes on it, which may fit or not. For who looks at the rows anyway.
+        """
+        spec, author = self._spec(table), user_uuid(user_id)
+        question = Question(spec, author, where or {}, order_by, limit, None, after)
+        return self._file.read(lambda c: selecting.candidates(c, question))
+
+    def aggregates(
+        self,
+        table: str,
+        ids: Sequence[str],
+        *,
+        user_id: str,
+        known: Mapping[str, Stamp] | None = None,
+    ) -> dict[str, Aggregate]:
+        """Return by id this user's rows with all their children, of one moment.
+
+        What is `known` by its stamp comes without rows. An id that isn't the user's has none.
+        """
+        spec, author = self._spec(table), user_uuid(user_id)
+        asked = list(dict.fromkeys(row_id for id in ids if (row_id := lookup_id(spec, id))))
+        return self._file.read(
+            lambda c: aggregates.read(c, self._tables, spec, asked, author, known or {})
+        )
 
     def is_held(self, table: str, id: str, *, user_id: str) -> bool:
         """Tell whether this user's row, or its deletion, is known here."""

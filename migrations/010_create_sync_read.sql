@@ -2,9 +2,12 @@
 --
 -- sync_read_v1 runs under the user's role and claims, so row-level security decides what is seen,
 -- also when the user's own token has long expired. A read: {table, where, order_by, descending,
--- limit, columns, after}; in `where` an array stands for any of its values, `after` names the order
--- column and the key of the row that the answer begins behind. sync_audit_v1 tells what is remembered of each
--- log's positions. sync_prune_v1 forgets old final transactions and raises the floor over them.
+-- limit, columns, after, but, digest}. In `where` an array stands for any of its values, {"read": n}
+-- for the keys that the n-th read finds, from 0; `after` names the order column and the key of the
+-- row that the answer begins behind, `but` the keys that it leaves out. With `digest` the answer is
+-- one row, {digest}: the SHA-256 of the sorted lines "key version" of what the read finds. Who has
+-- the rows already needs none of them to know that they still stand. sync_audit_v1 tells what is remembered of each log's positions.
+-- sync_prune_v1 forgets old final transactions and raises the floor over them.
 
 -- Return a column's type, as a cast names it; an unknown column fails where it is compared.
 create or replace function sync.type_of(p_table sync.tables, p_column text) returns text
@@ -14,24 +17,105 @@ language sql stable set search_path = '' as $$
       and a.attrelid = format('%I.%I', p_table.schema_name, p_table.name)::regclass), 'text')
 $$;
 
--- Return the expression of a value that the read $1 carries for a column.
-create or replace function sync.given(p_table sync.tables, p_part text, p_column text) returns text
-language sql stable set search_path = '' as $$
-  select format('($1 #>> %L)::%s', array[p_part, p_column], sync.type_of(p_table, p_column))
+-- Return the expression of the value that the reads $1 carry at a path, as a column has it.
+create or replace function sync.given(p_table sync.tables, p_column text, variadic p_path text[])
+returns text language sql stable set search_path = '' as $$
+  select format('($1 #>> %L)::%s', p_path, sync.type_of(p_table, p_column))
 $$;
+
+-- Return what the n-th of the reads finds: what follows the columns in a SELECT from its table t.
+create or replace function sync.found(p_reads jsonb, p_number int) returns text
+language plpgsql stable set search_path = '' as $$
+declare
+  v_at constant text := p_number::text;
+  v_read constant jsonb := p_reads -> p_number;
+  v_table constant sync.tables := sync.table_of(v_read);
+  v_key constant text := v_table.key_column;
+  v_order constant text := coalesce(v_read ->> 'order_by', v_key);
+  v_is_descending constant boolean := coalesce((v_read ->> 'descending')::boolean, false);
+  v_where text;
+begin
+  -- Not IS NOT DISTINCT FROM, which covers null too but can't use an index.
+  select coalesce(string_agg(case jsonb_typeof(w.value)
+      when 'null' then format('t.%I is null', w.key)
+      when 'array' then format(
+        't.%1$I = any (array(select e::%2$s from jsonb_array_elements_text($1 #> %3$L) e))',
+        w.key, sync.type_of(v_table, w.key), array[v_at, 'where', w.key])
+      when 'object' then format('t.%I in (%s)', w.key,
+        sync.keys_found(p_reads, (w.value ->> 'read')::int, p_number))
+      else format('t.%1$I = %2$s', w.key, sync.given(v_table, w.key, v_at, 'where', w.key)) end,
+      ' and '), 'true')
+    into v_where from jsonb_each(coalesce(v_read -> 'where', '{}')) w;
+  if jsonb_array_length(nullif(v_read -> 'but', 'null')) > 0 then
+    v_where := v_where || format(
+      ' and t.%1$I <> all (array(select e::%2$s from jsonb_array_elements_text($1 #> %3$L) e))',
+      v_key, sync.type_of(v_table, v_key), array[v_at, 'but']);
+  end if;
+  if jsonb_typeof(v_read -> 'after') = 'object' then
+    v_where := v_where || format(' and (t.%I, t.%I) %s (%s, %s)', v_order, v_key,
+      case when v_is_descending then '<' else '>' end,
+      sync.given(v_table, v_order, v_at, 'after', v_order),
+      sync.given(v_table, v_key, v_at, 'after', v_key));
+  end if;
+  return format('from %I.%I t where %s order by t.%I %6$s, t.%5$I %6$s limit %7$s',
+    v_table.schema_name, v_table.name, v_where, v_order, v_key,
+    case when v_is_descending then 'desc' else 'asc' end,
+    case when (v_read ->> 'digest')::boolean then format('($1 #>> %L)::int', array[v_at, 'limit'])
+      -- A page of 1,000 and the row that tells of another one: at most some megabytes.
+      else format('least(coalesce(($1 #>> %L)::int, 1000), 1001)', array[v_at, 'limit']) end);
+end $$;
+
+create or replace function sync.table_of(p_read jsonb) returns sync.tables
+language plpgsql stable set search_path = '' as $$
+declare
+  v_table sync.tables;
+begin
+  select t.* into v_table from sync.tables t where t.name = p_read ->> 'table';
+  if not found then
+    perform sync.protocol_error('a read names a table that is not registered');
+  end if;
+  return v_table;
+end $$;
+
+-- Return the query of the keys that a read finds which comes before the one that refers to it.
+create or replace function sync.keys_found(p_reads jsonb, p_number int, p_before int) returns text
+language plpgsql stable set search_path = '' as $$
+begin
+  if p_number is null or p_number < 0 or p_number >= p_before then
+    perform sync.protocol_error('a read refers to a read that does not come before it');
+  end if;
+  return format('select t.%I %s', (sync.table_of(p_reads -> p_number)).key_column,
+    sync.found(p_reads, p_number));
+end $$;
+
+-- Return the query that answers the n-th of the reads.
+create or replace function sync.answer(p_reads jsonb, p_number int) returns text
+language plpgsql stable set search_path = '' as $$
+declare
+  v_read constant jsonb := p_reads -> p_number;
+  v_table constant sync.tables := sync.table_of(v_read);
+  v_found constant text := sync.found(p_reads, p_number);
+  v_columns text;
+begin
+  if (v_read ->> 'digest')::boolean then
+    return format(
+      $sql$select jsonb_build_array(jsonb_build_object('digest', encode(sha256(convert_to(
+        coalesce(string_agg(x.line, e'\n' order by x.line collate "C"), ''), 'UTF8')), 'hex')))
+      from (select t.%I || ' ' || (to_jsonb(t.%I) #>> '{}') as line %s) x$sql$,
+      v_table.key_column, v_table.version_column, v_found);
+  end if;
+  select coalesce(string_agg(format('t.%I', c), ', '), 't.*') into v_columns
+    from jsonb_array_elements_text(nullif(v_read -> 'columns', 'null')) c;
+  return format('select coalesce(jsonb_agg(to_jsonb(x)), ''[]'') from (select %s %s) x',
+    v_columns, v_found);
+end $$;
 
 create or replace function public.sync_read_v1(p jsonb) returns jsonb
 language plpgsql security invoker
 set search_path = '' set timezone = 'UTC' set statement_timeout = '20s' as $$
 declare
   v_user constant uuid := (p ->> 'user_id')::uuid;
-  v_read jsonb;
-  v_table sync.tables;
-  v_where text;
-  v_columns text;
-  v_key text;
-  v_order text;
-  v_way text;
+  v_reads constant jsonb := p -> 'reads';
   v_queries text[] := '{}';
   v_query text;
   v_rows jsonb;
@@ -39,43 +123,16 @@ declare
   v_claims constant text := current_setting('request.jwt.claims', true);
 begin
   perform sync.guard();
-  if v_user is null or jsonb_typeof(p -> 'reads') is distinct from 'array' then
+  if v_user is null or jsonb_typeof(v_reads) is distinct from 'array' then
     perform sync.protocol_error('user_id and reads are required');
   end if;
-  for v_read in select r from jsonb_array_elements(p -> 'reads') r loop
-    select t.* into v_table from sync.tables t where t.name = v_read ->> 'table';
-    if not found then
-      perform sync.protocol_error('a read names a table that is not registered');
-    end if;
-    -- Not IS NOT DISTINCT FROM, which covers null too but can't use an index.
-    select coalesce(string_agg(case jsonb_typeof(w.value)
-        when 'null' then format('t.%I is null', w.key)
-        when 'array' then format(
-          't.%1$I = any (array(select e::%2$s from jsonb_array_elements_text($1 #> %3$L) e))',
-          w.key, sync.type_of(v_table, w.key), array['where', w.key])
-        else format('t.%1$I = %2$s', w.key, sync.given(v_table, 'where', w.key)) end,
-        ' and '), 'true')
-      into v_where from jsonb_each(coalesce(v_read -> 'where', '{}')) w;
-    select coalesce(string_agg(format('t.%I', c), ', '), 't.*') into v_columns
-      from jsonb_array_elements_text(nullif(v_read -> 'columns', 'null')) c;
-    v_key := v_table.key_column;
-    v_order := coalesce(v_read ->> 'order_by', v_key);
-    v_way := case when (v_read ->> 'descending')::boolean then 'desc' else 'asc' end;
-    if jsonb_typeof(v_read -> 'after') = 'object' then
-      v_where := v_where || format(' and (t.%I, t.%I) %s (%s, %s)', v_order, v_key,
-        case v_way when 'desc' then '<' else '>' end,
-        sync.given(v_table, 'after', v_order), sync.given(v_table, 'after', v_key));
-    end if;
-    v_queries := v_queries || format(
-      'select coalesce(jsonb_agg(to_jsonb(x)), ''[]'') from (select %s from %I.%I t where %s'
-      ' order by t.%I %7$s, t.%6$I %7$s'
-      ' limit least(coalesce(($1 ->> ''limit'')::int, 1000), 1000)) x',  -- hosted max_rows
-      v_columns, v_table.schema_name, v_table.name, v_where, v_order, v_key, v_way);
+  for v_number in 0 .. jsonb_array_length(v_reads) - 1 loop
+    v_queries := v_queries || sync.answer(v_reads, v_number);
   end loop;
 
   perform sync.enter(v_user, null);
-  for i in 1 .. cardinality(v_queries) loop
-    execute v_queries[i] into v_rows using p -> 'reads' -> (i - 1);
+  foreach v_query in array v_queries loop
+    execute v_query into v_rows using v_reads;
     v_answers := v_answers || v_rows;
   end loop;
   perform set_config('role', 'service_role', true);

@@ -37,18 +37,27 @@ OnCall = Callable[[str, float, SyncError | None], None]
 class TableRead:
     """One table read under the author's row-level security.
 
-    `where` compares for equality, a list stands for any of its values. Rows come by `order_by`,
-    ties by key, from behind `after`, which holds the order column and the key of a row; `columns`
-    None means all.
+    `where` compares for equality, a list stands for any of its values, `keys_of` for the keys that
+    an earlier read of the call finds. Rows come by `order_by`, ties by key, from behind `after`,
+    which holds the order column and the key of a row, without those whose keys are in `but`;
+    `columns` None means all. With `digest` the answer is one row {digest}: the SHA-256 in hex of
+    the sorted lines "key version" of what the read finds, without a limit if that is None.
     """
 
     table: str
     where: Row
     order_by: str | None = None
     descending: bool = False
-    limit: int = 1_000  # the hosted max_rows; the RPC caps it there too
+    limit: int | None = 1_000  # the RPC returns at most 1,001 rows
     columns: Sequence[str] | None = None
     after: Row | None = None
+    but: Sequence[str] = ()
+    digest: bool = False
+
+
+def keys_of(number: int) -> Row:
+    """Return what stands in a `where` for the keys that the call's n-th read finds, from 0."""
+    return {"read": number}
 
 
 SeqRange = tuple[str, int, int]
@@ -149,6 +158,8 @@ class SupabaseRemote:
                 "limit": read.limit,
                 "columns": read.columns,
                 "after": read.after,
+                "but": list(read.but),
+                "digest": read.digest,
             }
             for read in reads
         ]

@@ -26,6 +26,7 @@ from syncer.service.http_errors import reply_to, request_id_of
 from syncer.service.log_setup import where
 from syncer.service.metrics import Metrics
 from syncer.sessions import BufferedSessionStore, GuardedReads, SketchTranslator, Translator
+from syncer.sessions.documents import Documents
 from syncer.sessions.server_reads import Reads
 from syncer.settings import Settings
 
@@ -72,6 +73,7 @@ def create_app(
     )
     gate = WriteGate()
     acknowledger = acknowledger or Acknowledger(store)
+    documents = Documents()
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -104,6 +106,7 @@ def create_app(
         acknowledge=acknowledger.reach,
         survives=acknowledger.durability,
         on_ack=counted.acknowledged,
+        documents=documents,
     )
     app.include_router(session_routes.router)
     app.include_router(sync_routes.router)

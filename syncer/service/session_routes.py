@@ -30,13 +30,14 @@ from syncer.sessions import (
     SpecSessionManager,
 )
 from syncer.sessions.models import ResolutionType, SessionStatus
+from syncer.sessions.row_store import PAGE_MAX
 from syncer.sessions.store_api import SyncInfo
 
 T = TypeVar("T")
 
 KEY_CHARS_MAX = 255
 HOLE_ID_CHARS_MAX = 512  # an identifier, not a text
-PAGE_DEFAULT, PAGE_MAX = 50, 200
+PAGE_DEFAULT = 50
 
 
 def _storable(text: str) -> str:
@@ -166,13 +167,10 @@ async def list_sessions(
 ) -> Response:
     """List the caller's sessions, newest first; `complete` says whether Supabase was asked."""
 
-    def page() -> dict[str, Any]:
-        found = who.store.list_page(status, limit, cursor)
-        infos = who.store.sync_infos(found.sessions)
-        shown = [_shown(*item) for item in zip(found.sessions, infos, strict=True)]
-        return {"sessions": shown, "complete": found.complete, "next": found.next}
-
-    return _json(await who.read(page))
+    page = await who.read(who.store.list_documents, status, limit, cursor)
+    rest = orjson.dumps({"complete": page.complete, "next": page.next})
+    text = b'{"sessions":[%b],%b' % (b",".join(page.documents), rest[1:])
+    return Response(text, media_type="application/json")
 
 
 @router.get("/{session_id}", responses=reads(SessionDocument, 404))

@@ -19,7 +19,7 @@ from typing import Any
 
 import orjson
 
-from local_store import Row
+from local_store import Aggregate, Row
 from syncer.sessions.models import (
     HoleResolution,
     IRDraft,
@@ -160,6 +160,13 @@ def assemble(session_id: str, snapshot: Snapshot) -> PromptSession:
         session.current_draft = IRDraft.model_construct(**current)
     session._base = snapshot
     return session
+
+
+def rows_of(aggregate: Aggregate) -> SessionRows | None:
+    """Return the rows that a buffer gave; None when the session isn't there."""
+    children = dict(aggregate.rows or {})
+    found = children.pop(SESSIONS, [])
+    return SessionRows(found[0], children) if found else None
 
 
 def rows_by_session(

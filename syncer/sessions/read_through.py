@@ -26,9 +26,11 @@ from syncer.sessions.server_reads import (
     Stretch,
     Versions,
     as_stretch,
+    digests_of,
     page_of,
     stretch_of,
     told_versions,
+    versions_in,
     versions_of,
     whole_sessions,
 )
@@ -106,12 +108,12 @@ class GuardedReads:
 class Listing:
     """A stretch of the user's list as the server has it, without the sessions' children.
 
-    `versions` are those of the sessions that were guessed to be in it. `as_of` is the local change
-    counter before the question, `end` when the budget is spent.
+    `guessed` are the versions here of sessions that were expected in it, `versions` the server's.
+    `as_of` is the local change counter before the question, `end` when the budget is spent.
     """
 
     stretch: Stretch
-    guessed: Sequence[str]
+    guessed: Versions
     versions: Versions
     as_of: int
     end: float
@@ -129,50 +131,71 @@ class ReadThrough:
         self._budget_s = budget_s
         self._clock = clock
 
-    def session(self, session_id: str) -> None:
-        """Refresh one session, or drop it here when the server has none.
+    def session(self, session_id: str, here: SessionRows | None = None) -> bool:
+        """Refresh one session, or drop it here when the server has none; tells whether it had to.
 
-        Raises RemoteUnavailable when the server can't be asked in time.
+        `here` are its rows as they were read, where it is held and has no changes. Raises
+        RemoteUnavailable when the server can't be asked in time.
         """
         as_of = self._store.change_counter()
-        found = whole_sessions(self._asking(self._clock.monotonic() + self._budget_s), [session_id])
+        found = whole_sessions(self._asking(self.end_of_budget()), [session_id])
+        if here is not None and [versions_in(rows) for rows in found] == [versions_in(here)]:
+            return False
         self._take(found, [session_id], as_of)
+        return True
+
+    def end_of_budget(self) -> float:
+        """Return until when, on the monotonic clock, one reader may wait for the server."""
+        return self._clock.monotonic() + self._budget_s
+
+    def digests(
+        self,
+        status: SessionStatus | None,
+        limit: int | None,
+        after: Position | None,
+        but: Sequence[str],
+        end: float,
+    ) -> list[list[Row]]:
+        """Ask what `is_digest_of` compares with the versions of a page and of one session more.
+
+        Both leave out the sessions `but`. Raises RemoteUnavailable as `session` does.
+        """
+        return self._asking(end)(digests_of(status, limit, after, but))
 
     def listed(
         self,
         status: SessionStatus | None,
         limit: int | None,
         after: Position | None,
-        guessed: Sequence[str],
+        guessed: Versions,
+        end: float,
     ) -> Listing:
         """Ask for a page of the list and for the versions of the sessions guessed to be on it.
 
         Changes nothing here. Raises RemoteUnavailable as `session` does.
         """
         as_of = self._store.change_counter()
-        end = self._clock.monotonic() + self._budget_s
-        ask = self._asking(end)
+        ask, ids = self._asking(end), list(guessed)
         if limit is None:
             stretch = stretch_of(ask, status, None, after, LISTED)
-            answers = [rows for reads in versions_of(guessed) for rows in ask(reads)]
+            answers = [rows for reads in versions_of(ids) for rows in ask(reads)]
         else:
-            chunks = versions_of(guessed)
+            chunks = versions_of(ids)
             reads = [page_of(status, limit, after, LISTED), *(r for chunk in chunks for r in chunk)]
             rows, *answers = ask(reads)
             stretch = as_stretch(rows, limit)
-        return Listing(stretch, guessed, told_versions(ask, guessed, answers), as_of, end)
+        return Listing(stretch, guessed, told_versions(ask, ids, answers), as_of, end)
 
     def take(self, listing: Listing, session_ids: Sequence[str]) -> None:
         """Refresh those of the sessions that the server has otherwise, drop those it hasn't.
 
         Spends what is left of the listing's budget. Raises RemoteUnavailable.
         """
-        here = self._versions(session_ids)
-        guessed = set(listing.guessed)
         differing = [
             row_id
             for row_id in session_ids
-            if row_id not in guessed or here.get(row_id) != listing.versions.get(row_id)
+            if row_id not in listing.guessed
+            or listing.guessed[row_id] != listing.versions.get(row_id)
         ]
         if differing:
             found = whole_sessions(self._asking(listing.end), differing)

@@ -24,7 +24,7 @@ from syncer.sessions.models import PromptSession, SessionStatus
 from syncer.sessions.store_api import RequestKey, SessionPage
 from syncer.sessions.tables import SESSIONS
 
-PAGE_MAX = 200  # sessions with all their children: some megabytes
+PAGE_MAX = 1_000  # sessions with all their children: some megabytes
 WRITE_ATTEMPTS_MAX = 64  # each lost race means that somebody else's write got through
 
 
@@ -193,7 +193,7 @@ class RowSessionStore(ABC):
         limit: int = 50,
         cursor: str | None = None,
     ) -> SessionPage:
-        """Return at most `limit` sessions (1 to 200), newest first, from after `cursor` on.
+        """Return at most `limit` sessions (1 to 1,000), newest first, from after `cursor` on.
 
         Raises InvalidCursor.
         """

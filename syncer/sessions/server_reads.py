@@ -7,26 +7,28 @@ had been deleted.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from local_store import Row
 from syncer.errors import RemoteUnavailable
-from syncer.remote import TableRead
+from syncer.remote import TableRead, keys_of
 from syncer.sessions.aggregate import PARTS, SessionRows, rows_by_session
 from syncer.sessions.cursor import Position
 from syncer.sessions.models import SessionStatus
+from syncer.sessions.store_api import RowVersions
 from syncer.sessions.tables import SESSIONS
 
-ROWS_MAX = 1_000  # one read returns no more; the hosted API caps there too
+ROWS_MAX = 1_000  # one read returns no more, but for the row that tells of another page
 SESSIONS_PER_READ = 100  # some 300 children in an answer, far from the cap
 LISTED = ("id", "created_at", "status", "updated_at")
 VERSIONS = ("id", "updated_at")
 
 Ask = Callable[[Sequence[TableRead]], list[list[Row]]]
-Versions = Mapping[str, frozenset[tuple[str, str, str]]]
-"""By session: (table, id, version) of each of its rows; nothing for a session that isn't there."""
+Versions = Mapping[str, RowVersions]
+"""By session; nothing for a session that isn't there."""
 
 
 class Reads(Protocol):
@@ -59,7 +61,7 @@ def page_of(
         {} if status is None else {"status": status},
         order_by="created_at",
         descending=True,
-        limit=ROWS_MAX if limit is None else min(limit + 1, ROWS_MAX),
+        limit=ROWS_MAX if limit is None else limit + 1,
         columns=columns,
         after=None if after is None else {"created_at": after[0], "id": after[1]},
     )
@@ -88,9 +90,45 @@ def as_stretch(rows: list[Row], limit: int | None) -> Stretch:
     return Stretch(rows if limit is None else rows[:limit], limit is not None and len(rows) > limit)
 
 
+def digests_of(
+    status: SessionStatus | None,
+    limit: int | None,
+    after: Position | None,
+    but: Sequence[str] = (),
+) -> list[TableRead]:
+    """Return the reads of one digest per table over a page's rows and those of one session more,
+    with some sessions left out.
+    """
+    page = page_of(status, limit, after)
+    return [
+        replace(page, limit=None if limit is None else page.limit, but=but, digest=True),
+        *(
+            TableRead(part.table, {"session_id": keys_of(0)}, limit=None, digest=True)
+            for part in PARTS
+        ),
+    ]
+
+
+def is_digest_of(answers: Sequence[list[Row]] | None, versions: Versions) -> bool:
+    """Tell whether the answers to `digests_of` are those of rows that have these versions."""
+    if answers is None:
+        return False
+    lines: dict[str, list[str]] = {SESSIONS: [], **{part.table: [] for part in PARTS}}
+    for told in versions.values():
+        for table, row_id, version in told:
+            lines[table].append(f"{row_id} {version}")
+    mine = [hashlib.sha256("\n".join(sorted(of)).encode()).hexdigest() for of in lines.values()]
+    return [[{"digest": digest}] for digest in mine] == list(answers)
+
+
 def versions_of(session_ids: Sequence[str]) -> list[list[TableRead]]:
     """Return by chunk of sessions the reads of their rows' versions; see `told_versions`."""
     return [_reads_of(ids, light=True) for ids in _chunks(session_ids)]
+
+
+def versions_in(rows: SessionRows) -> RowVersions:
+    """Return the versions of a session's rows."""
+    return frozenset((table, str(row["id"]), str(row["updated_at"])) for table, row in rows.all())
 
 
 def told_versions(ask: Ask, session_ids: Sequence[str], answers: Sequence[list[Row]]) -> Versions:
@@ -98,9 +136,7 @@ def told_versions(ask: Ask, session_ids: Sequence[str], answers: Sequence[list[R
     found: dict[str, frozenset[tuple[str, str, str]]] = {}
     for ids, chunk in zip(_chunks(session_ids), _parts(answers), strict=True):
         for rows in _whole(ask, ids, chunk, light=True):
-            found[str(rows.session["id"])] = frozenset(
-                (table, str(row["id"]), str(row["updated_at"])) for table, row in rows.all()
-            )
+            found[str(rows.session["id"])] = versions_in(rows)
     return found
 
 

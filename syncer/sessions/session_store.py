@@ -18,6 +18,7 @@ from local_store import (
     Receipt,
     Row,
     RowNotFound,
+    Unsettled,
     VersionMismatch,
 )
 from local_store.clock import Clock, new_id
@@ -28,17 +29,23 @@ from syncer.sessions.aggregate import (
     SessionRows,
     assemble,
     rows_by_session,
+    rows_of,
     snapshot_of,
 )
-from syncer.sessions.cursor import Page, Position, after_cursor, cut
+from syncer.sessions.documents import Documents, as_json
+from syncer.sessions.lister import Lister
 from syncer.sessions.models import PromptSession, SessionStatus
 from syncer.sessions.read_through import ReadThrough
-from syncer.sessions.row_store import RowSessionStore, Traces, canonical
-from syncer.sessions.server_reads import Reads, Stretch
-from syncer.sessions.store_api import RequestKey, SessionPage, SyncInfo, at_host
+from syncer.sessions.row_store import PAGE_MAX, RowSessionStore, Traces, canonical
+from syncer.sessions.server_reads import Reads
+from syncer.sessions.store_api import (
+    DocumentPage,
+    RequestKey,
+    SessionPage,
+    SyncInfo,
+    at_host,
+)
 from syncer.sessions.tables import SESSIONS
-
-LOCAL = ("created_at", "status")  # what decides whether and where a session is listed
 
 
 class BufferedSessionStore(RowSessionStore):
@@ -49,7 +56,8 @@ class BufferedSessionStore(RowSessionStore):
     of the latest write through this object; it may be shared by threads except for that.
 
     `acknowledge` takes a receipt as far as the deployment asks before a write returns; `survives`
-    tells what undelivered transactions, by their seqs, survive.
+    tells what undelivered transactions, by their seqs, survive; `documents` are those of the
+    process, where it keeps any.
     """
 
     def __init__(
@@ -66,6 +74,7 @@ class BufferedSessionStore(RowSessionStore):
         acknowledge: Callable[[Receipt], Receipt] = lambda receipt: receipt,
         survives: Callable[[Collection[int]], Durability] = at_host,
         on_ack: Callable[[float], None] = lambda took_s: None,
+        documents: Documents | None = None,
     ) -> None:
         super().__init__(user_id, clock, ids)
         self._store = store
@@ -75,6 +84,9 @@ class BufferedSessionStore(RowSessionStore):
         self._through: ReadThrough | None = None
         if remote is not None:
             self._through = ReadThrough(store, user_id, remote, read_budget_s, self._clock)
+        self._lister = Lister(
+            store, user_id, documents or Documents(), self._through, remote_usable
+        )
         self.last_receipt: Receipt | None = None
 
     def close(self) -> None:
@@ -109,12 +121,32 @@ class BufferedSessionStore(RowSessionStore):
         row_id = canonical(session_id)
         if row_id is None:
             return None
-        if not self._is_held(row_id):
-            rows = self._fetch(row_id)
-            return None if rows is None else assemble(row_id, snapshot_of(rows))
-        stale = bool(self._clean_among([row_id])) and not self._refreshed(row_id)
-        rows = self._rows(row_id)
+        [held] = self._store.aggregates(SESSIONS, [row_id], user_id=self._user_id).values()
+        rows, stale = rows_of(held), False
+        if rows is None:
+            rows = self._found(row_id)
+        elif not held.unsettled:
+            try:
+                rows = self._rows(row_id) if self._ask_for(row_id, rows) else rows
+            except (RemoteUnavailable, LocalStoreError):
+                # A buffer that takes no more refreshes, because the disk is full, still answers.
+                stale = True
         return None if rows is None else assemble(row_id, snapshot_of(rows, stale=stale))
+
+    def list_documents(
+        self, status: SessionStatus | None = None, limit: int = 50, cursor: str | None = None
+    ) -> DocumentPage:
+        """Return what `list_page` and `sync_infos` do as JSON, which is kept while it stands."""
+        listed = self._lister.page(status, min(max(limit, 1), PAGE_MAX), cursor)
+        settled = as_json(self._info((), stale=not listed.asked))
+        documents = []
+        for row in listed.page.rows:
+            shown = listed.found.get(row["id"])
+            if shown is not None and status in (None, shown.document.place["status"]):
+                known = shown.unsettled
+                sync = as_json(self._info(known, stale=not listed.asked)) if known else settled
+                documents.append(shown.document.with_sync(sync))
+        return DocumentPage(documents, listed.asked, listed.page.next)
 
     def sync_info(self, session: PromptSession) -> SyncInfo:
         """Tell where a session that this store returned stands now."""
@@ -125,13 +157,13 @@ class BufferedSessionStore(RowSessionStore):
         row_ids = [canonical(session.session_id) or "" for session in sessions]
         found = self._store.transactions_among(SESSIONS, row_ids, user_id=self._user_id)
         return [
-            SyncInfo.of(
-                [state for *_, state in found[row_id]],
-                self._survives([seq for _txn_id, seq, _state in found[row_id]]),
-                stale=session._base is not None and session._base.stale,
-            )
+            self._info(found[row_id], stale=session._base is not None and session._base.stale)
             for row_id, session in zip(row_ids, sessions, strict=True)
         ]
+
+    def _info(self, unsettled: Sequence[Unsettled], *, stale: bool) -> SyncInfo:
+        survives = self._survives([seq for _txn_id, seq, _state in unsettled])
+        return SyncInfo.of([state for *_, state in unsettled], survives, stale=stale)
 
     # -- what the base asks for -------------------------------------------------------------------
 
@@ -167,101 +199,35 @@ class BufferedSessionStore(RowSessionStore):
     def _is_held(self, session_id: str) -> bool:
         return self._store.is_held(SESSIONS, session_id, user_id=self._user_id)
 
-    def _clean_among(self, session_ids: Sequence[str]) -> list[str]:
-        """Return those of the sessions that have nothing pending, nor have their children."""
-        found = self._store.transactions_among(SESSIONS, session_ids, user_id=self._user_id)
-        return [row_id for row_id in session_ids if not found[row_id]]
-
     def _rows(self, session_id: str) -> SessionRows | None:
-        session = self._store.get(SESSIONS, session_id, user_id=self._user_id)
-        if session is None:
-            return None
-        where = {"session_id": session_id}
-        return SessionRows(
-            session,
-            {
-                part.table: self._store.select(
-                    part.table, user_id=self._user_id, where=where, limit=-1
-                )
-                for part in PARTS
-            },
-        )
+        [held] = self._store.aggregates(SESSIONS, [session_id], user_id=self._user_id).values()
+        return rows_of(held)
 
     def _fetch(self, session_id: str) -> SessionRows | None:
-        if self._through is not None:
-            if not self._remote_usable():
-                raise RemoteUnavailable(
-                    f"session {session_id} isn't held here and Supabase can't be asked",
-                    hint="try again later",
-                )
-            self._through.session(session_id)
+        self._ask_for(session_id)
         return self._rows(session_id)
 
-    def _refreshed(self, session_id: str) -> bool:
-        """Bring a clean session up to date; False when that wasn't possible."""
+    def _ask_for(self, session_id: str, here: SessionRows | None = None) -> bool:
+        """Bring a session up to date where there is a server; tells whether it wasn't `here`.
+
+        Raises RemoteUnavailable when the server can't be asked.
+        """
         if self._through is None:
-            return True
+            return False
         if not self._remote_usable():
-            return False
-        try:
-            self._through.session(session_id)
-        except (RemoteUnavailable, LocalStoreError):
-            # A buffer that takes no more refreshes, because the disk is full, still answers reads.
-            return False
-        return True
+            raise RemoteUnavailable(
+                f"session {session_id} isn't held here and Supabase can't be asked",
+                hint="try again later",
+            )
+        return self._through.session(session_id, here)
 
     def _list(
         self, status: SessionStatus | None, limit: int | None, cursor: str | None
     ) -> SessionPage:
-        after = after_cursor(cursor)
-        local = self._store.select(
-            SESSIONS,
-            user_id=self._user_id,
-            where={} if status is None else {"status": status},
-            order_by="-created_at",
-            after=after,
-            limit=-1 if limit is None else limit + 1,  # one more tells whether others follow
-            columns=LOCAL,
-        )
-        page = cut(local, status, limit, after)
-        asked = self._through is None
-        if self._through is not None and self._remote_usable():
-            try:
-                guessed = [row["id"] for row in page.rows if not row["_pending"]]
-                listing = self._through.listed(status, limit, after, guessed)
-                joined = self._joined(local, listing.stretch, status, limit, after)
-                clean = self._clean_among([row["id"] for row in joined.rows])
-                self._through.take(listing, clean)
-                page, asked = joined, True
-            except (RemoteUnavailable, LocalStoreError):
-                pass
-        ids = [row["id"] for row in page.rows]
-        return SessionPage(self._sessions(ids, status, stale=not asked), asked, page.next)
-
-    def _joined(
-        self,
-        local: Sequence[Row],
-        there: Stretch,
-        status: SessionStatus | None,
-        limit: int | None,
-        after: Position | None,
-    ) -> Page:
-        """Cut the page out of the server's rows and the local ones; pending changes win."""
-        merged = {row["id"]: row for row in local}
-        theirs = {str(row["id"]): row for row in there.rows}
-        beside = [row_id for row_id in theirs if row_id not in merged]
-        where = {"id": beside}
-        elsewhere = self._store.select(
-            SESSIONS, user_id=self._user_id, where=where, limit=-1, columns=LOCAL
-        )
-        known = merged | {row["id"]: row for row in elsewhere}
-        for row_id, row in theirs.items():
-            if row_id in known:
-                merged[row_id] = known[row_id] if known[row_id]["_pending"] else row
-            elif not self._is_held(row_id):  # else it was deleted here
-                merged[row_id] = row
-        known_to = there.rows[-1] if there.more else None
-        return cut(merged.values(), status, limit, after, known_to)
+        listed = self._lister.page(status, limit, cursor)
+        ids = [row["id"] for row in listed.page.rows]
+        sessions = self._sessions(ids, status, stale=not listed.asked)
+        return SessionPage(sessions, listed.asked, listed.page.next)
 
     def _sessions(
         self, ids: Sequence[str], status: SessionStatus | None, *, stale: bool

@@ -11,6 +11,8 @@ from local_store import Row, TransactionState, user_uuid
 from local_store.ops import UNSETTLED, Durability
 from syncer.sessions.models import PromptSession, SessionStatus
 
+RowVersions = frozenset[tuple[str, str, str]]
+"""(table, id, version) of each row of a session."""
 SessionState = Literal["synced", "pending", "held", "conflict", "rejected"]
 
 
@@ -53,6 +55,15 @@ class SessionPage:
     """Some sessions, newest first. Unless `complete`, the server may have more of them."""
 
     sessions: list[PromptSession]
+    complete: bool
+    next: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentPage:
+    """A page of sessions as JSON objects with their `sync`; otherwise as a SessionPage."""
+
+    documents: list[bytes]
     complete: bool
     next: str | None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -33,6 +34,23 @@ class Refusal(Exception):
         self.item = {"verdict": verdict, "op": op, "sqlstate": sqlstate, **more}
 
 
+def answered_all(
+    rows_of: Callable[[str], Iterable[Row]], reads: Sequence[TableRead]
+) -> list[list[Row]]:
+    """Answer the reads of one call, in which later ones may refer to earlier ones."""
+    answers: list[list[Row]] = []
+    keys: list[list[Any]] = []
+    for read in reads:
+        where = {
+            column: keys[value["read"]] if isinstance(value, dict) else value
+            for column, value in read.where.items()
+        }
+        meant = replace(read, where=where, digest=False, columns=None)
+        keys.append([row["id"] for row in answered(rows_of(read.table), meant)])
+        answers.append(answered(rows_of(read.table), replace(read, where=where)))
+    return answers
+
+
 def answered(rows: Iterable[Row], read: TableRead, key: str = "id") -> list[Row]:
     """Answer a read from all the rows of its user, as `sync_read_v1` does."""
     order = read.order_by or key
@@ -44,7 +62,8 @@ def answered(rows: Iterable[Row], read: TableRead, key: str = "id") -> list[Row]
     found = [
         row
         for row in rows
-        if all(
+        if row[key] not in read.but
+        and all(
             row.get(column) in value if isinstance(value, list) else row.get(column) == value
             for column, value in read.where.items()
         )
@@ -55,9 +74,13 @@ def answered(rows: Iterable[Row], read: TableRead, key: str = "id") -> list[Row]
         found = [
             row for row in found if (place(row) < end if read.descending else place(row) > end)
         ]
+    found = found[: read.limit]
+    if read.digest:
+        lines = sorted(f"{row[key]} {row['updated_at']}" for row in found)
+        return [{"digest": hashlib.sha256("\n".join(lines).encode()).hexdigest()}]
     if read.columns is not None:
         found = [{column: row.get(column) for column in read.columns} for row in found]
-    return found[: read.limit]
+    return found
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from local_store import LocalStore, Row, user_uuid
 from local_store.ops import Outcome
 from syncer.errors import RemoteUnavailable
 from syncer.remote import TableRead
-from tests.simulation.model_rows import answered
+from tests.simulation.model_rows import answered_all
 
 
 class ReadServer:
@@ -29,11 +29,10 @@ class ReadServer:
         self.calls += 1
         if self.is_down:
             raise RemoteUnavailable("down for the test")
-        return [self._found(user_id, read) for read in reads]
+        return copy.deepcopy(answered_all(lambda table: self._rows_of(table, user_id), reads))
 
-    def _found(self, user_id: str, read: TableRead) -> list[Row]:
-        rows = [row for row in self.rows.get(read.table, {}).values() if row["user_id"] == user_id]
-        return copy.deepcopy(answered(rows, read))
+    def _rows_of(self, table: str, user_id: str) -> list[Row]:
+        return [row for row in self.rows.get(table, {}).values() if row["user_id"] == user_id]
 
     def stamp(self) -> str:
         """Return the next version, as the server writes it: without trailing zeros."""

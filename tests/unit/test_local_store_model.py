@@ -86,6 +86,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.folder = tempfile.mkdtemp()
         self.clock = ManualClock()
         self.model = Model()
+        self.stamped: dict[Any, Any] = {}
         self.store = self.open()
 
     def open(self) -> LocalStore:
@@ -214,6 +215,24 @@ class StoreMachine(RuleBasedStateMachine):
                     for key, row in self.model.rows.items()
                     if key[0] == table and self.model.owners[key] == user
                 }
+
+    @invariant()
+    def a_stamp_stands_for_one_state(self) -> None:
+        for user in (USER, OTHER):
+            for table, child in CHILD.items():
+                ids = [row_id for name, row_id in self.model.versions if name == table]
+                found = self.store.aggregates(table, ids, user_id=user)
+                known = {row_id: aggregate.stamp for row_id, aggregate in found.items()}
+                for row_id, aggregate in found.items():
+                    place = (user, table, row_id, aggregate.stamp)
+                    assert self.stamped.setdefault(place, aggregate.rows) == aggregate.rows
+                    where = {PARENT[child][0]: row_id}
+                    assert aggregate.rows == {
+                        table: self.store.select(table, user_id=user, where={"id": row_id}),
+                        child: self.store.select(child, user_id=user, where=where),
+                    }
+                again = self.store.aggregates(table, ids, user_id=user, known=known)
+                assert all(aggregate.rows is None for aggregate in again.values())
 
     @invariant()
     def log_agrees(self) -> None:

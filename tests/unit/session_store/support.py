@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import orjson
+
 from syncer.sessions import (
+    BufferedSessionStore,
     IRDraft,
     PromptRevision,
     PromptSession,
@@ -33,3 +36,17 @@ def got(store: SessionStore, session: PromptSession) -> PromptSession:
     found = store.get(session.session_id)
     assert found is not None
     return found
+
+
+def documents_of(store: BufferedSessionStore) -> list[Any]:
+    """Return all sessions as the API's list shows them."""
+    return [orjson.loads(text) for text in store.list_documents(limit=1_000).documents]
+
+
+def assert_lists_show_what_is_there(store: BufferedSessionStore) -> None:
+    found = store.list_all()
+    infos = store.sync_infos(found)
+    assert documents_of(store) == [
+        {**session.to_dict(), "sync": info.to_dict()}
+        for session, info in zip(found, infos, strict=True)
+    ]
