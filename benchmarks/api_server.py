@@ -34,10 +34,10 @@ class DirectSessions(SupabaseSessionStore):
         """Return a page as the routes send it."""
         page = self.list_page(status, limit, cursor)
         shown = [
-            orjson.dumps({**session.to_dict(), "sync": self.sync_info(session).to_dict()})
+            {**session.to_dict(), "sync": self.sync_info(session).to_dict()}
             for session in page.sessions
         ]
-        return DocumentPage(shown, page.complete, page.next)
+        return DocumentPage(orjson.dumps(shown), page.complete, page.next)
 
 
 def main() -> None:

@@ -164,7 +164,7 @@ _TABLES = (
     ) STRICT
     """,
     "CREATE INDEX rows_of_user ON rows (user_id, tbl, id)",
-    "CREATE INDEX rows_of_parent ON rows (parent_id, tbl)",
+    "CREATE INDEX rows_of_parent ON rows (parent_id, tbl, changed_at)",
     "CREATE INDEX rows_by_age ON rows (changed_at)",
     f"CREATE INDEX rows_by_creation ON rows (user_id, tbl, {age_of()}, id)"
     " WHERE parent_id IS NULL AND body IS NOT NULL",

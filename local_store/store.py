@@ -269,10 +269,10 @@ class LocalStore(Delivery, Sealing):
     ) -> dict[str, Aggregate]:
         """Return by id this user's rows with all their children, of one moment.
 
-        What is `known` by its stamp comes without rows. An id that isn't the user's has none.
+        Ids are as rows have them. What is `known` by its stamp comes without rows; an id that
+        isn't the user's has none.
         """
-        spec, author = self._spec(table), user_uuid(user_id)
-        asked = list(dict.fromkeys(row_id for id in ids if (row_id := lookup_id(spec, id))))
+        spec, author, asked = self._spec(table), user_uuid(user_id), list(dict.fromkeys(ids))
         return self._file.read(
             lambda c: aggregates.read(c, self._tables, spec, asked, author, known or {})
         )

@@ -169,7 +169,7 @@ async def list_sessions(
 
     page = await who.read(who.store.list_documents, status, limit, cursor)
     rest = orjson.dumps({"complete": page.complete, "next": page.next})
-    text = b'{"sessions":[%b],%b' % (b",".join(page.documents), rest[1:])
+    text = b'{"sessions":%b,%b' % (page.sessions, rest[1:])
     return Response(text, media_type="application/json")
 
 

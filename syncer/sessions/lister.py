@@ -65,40 +65,39 @@ class Lister:
         Raises InvalidCursor.
         """
         asked = _Asked(status, limit, after_cursor(cursor))
-        clean, changed = self._store.candidates(
-            SESSIONS,
-            user_id=self._user_id,
-            where={} if status is None else {"status": status},
-            order_by="-created_at",
-            after=asked.after,
-            limit=-1 if limit is None else limit + 1,  # one more tells whether others follow
-        )
         if self._through is None or not self._remote_usable():
-            here = self._look(clean + changed)
-            return Listed(asked.cut(_places(here)), self._through is None, here)
-        return self._compared(self._through, asked, clean, changed)
-
-    def _compared(
-        self, through: ReadThrough, asked: _Asked, clean: Sequence[str], changed: Sequence[str]
-    ) -> Listed:
-        """Return the page; ask for its rows only when what has no changes here doesn't stand."""
-        end = through.end_of_budget()
-
-        def digests() -> list[list[Row]] | None:
-            if not clean or len(changed) > LEFT_OUT_MAX:
-                return None
-            return through.digests(asked.status, asked.limit, asked.after, changed, end)
-
-        with ThreadPoolExecutor(1) as beside:
-            told = beside.submit(digests)
+            clean, changed = self._candidates(asked)
             here = self._look([*clean, *changed])
-        versions = _clean_versions(here)
+            return Listed(asked.cut(_places(here)), self._through is None, here)
+        return self._compared(self._through, asked)
+
+    def _compared(self, through: ReadThrough, asked: _Asked) -> Listed:
+        """Return the page; ask for its rows only when what has no changes here doesn't stand.
+
+        What is delivered meanwhile was left out of the question, and is known from its reply.
+        """
+        end = through.end_of_budget()
+        clean, changed = self._candidates(asked)
+        with ThreadPoolExecutor(1) as beside:
+            told = beside.submit(_digests, through, asked, clean, changed, end)
+            here = self._look([*clean, *changed])
+        versions = _versions(here, clean)
         try:
-            if versions.keys() == set(clean) and is_digest_of(told.result(), versions):
+            if len(versions) == len(clean) and is_digest_of(told.result(), versions):
                 return Listed(asked.cut(_places(here)), True, here)
             return self._joined(through, asked, here, versions, end)
         except (RemoteUnavailable, LocalStoreError):
             return Listed(asked.cut(_places(here)), False, here)
+
+    def _candidates(self, asked: _Asked) -> tuple[list[str], list[str]]:
+        return self._store.candidates(
+            SESSIONS,
+            user_id=self._user_id,
+            where={} if asked.status is None else {"status": asked.status},
+            order_by="-created_at",
+            after=asked.after,
+            limit=-1 if asked.limit is None else asked.limit + 1,  # one more tells of others
+        )
 
     def _joined(
         self,
@@ -134,11 +133,20 @@ class Lister:
         return self._documents.look(self._store, self._user_id, session_ids)
 
 
+def _digests(
+    through: ReadThrough, asked: _Asked, clean: Sequence[str], changed: Sequence[str], end: float
+) -> list[list[Row]] | None:
+    """Ask for the page's digests; None where it would be of nothing, or without too many."""
+    if not clean or len(changed) > LEFT_OUT_MAX:
+        return None
+    return through.digests(asked.status, asked.limit, asked.after, changed, end)
+
+
 def _places(found: Mapping[str, Shown]) -> list[Row]:
     return [shown.document.place for shown in found.values()]
 
 
-def _clean_versions(found: Mapping[str, Shown]) -> dict[str, RowVersions]:
+def _versions(found: Mapping[str, Shown], session_ids: Sequence[str]) -> dict[str, RowVersions]:
     """Return by id the versions of those sessions that are as the server was known to have them."""
-    versions = {row_id: shown.document.versions for row_id, shown in found.items()}
-    return {row_id: known for row_id, known in versions.items() if known is not None}
+    documents = [(row_id, found[row_id].document) for row_id in session_ids if row_id in found]
+    return {row_id: doc.versions for row_id, doc in documents if doc.versions is not None}

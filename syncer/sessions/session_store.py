@@ -32,7 +32,7 @@ from syncer.sessions.aggregate import (
     rows_of,
     snapshot_of,
 )
-from syncer.sessions.documents import Documents, as_json
+from syncer.sessions.documents import Documents, array_of, end_of
 from syncer.sessions.lister import Lister
 from syncer.sessions.models import PromptSession, SessionStatus
 from syncer.sessions.read_through import ReadThrough
@@ -138,15 +138,15 @@ class BufferedSessionStore(RowSessionStore):
     ) -> DocumentPage:
         """Return what `list_page` and `sync_infos` do as JSON, which is kept while it stands."""
         listed = self._lister.page(status, min(max(limit, 1), PAGE_MAX), cursor)
-        settled = as_json(self._info((), stale=not listed.asked))
-        documents = []
+        settled = end_of(self._info((), stale=not listed.asked))
+        shown = []
         for row in listed.page.rows:
-            shown = listed.found.get(row["id"])
-            if shown is not None and status in (None, shown.document.place["status"]):
-                known = shown.unsettled
-                sync = as_json(self._info(known, stale=not listed.asked)) if known else settled
-                documents.append(shown.document.with_sync(sync))
-        return DocumentPage(documents, listed.asked, listed.page.next)
+            found = listed.found.get(row["id"])
+            if found is not None and status in (None, found.document.place["status"]):
+                known = found.unsettled
+                end = end_of(self._info(known, stale=not listed.asked)) if known else settled
+                shown.append((found.document, end))
+        return DocumentPage(array_of(shown), listed.asked, listed.page.next)
 
     def sync_info(self, session: PromptSession) -> SyncInfo:
         """Tell where a session that this store returned stands now."""

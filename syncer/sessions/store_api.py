@@ -61,9 +61,9 @@ class SessionPage:
 
 @dataclass(frozen=True, slots=True)
 class DocumentPage:
-    """A page of sessions as JSON objects with their `sync`; otherwise as a SessionPage."""
+    """A page of sessions as a JSON array, each with its `sync`; otherwise as a SessionPage."""
 
-    documents: list[bytes]
+    sessions: bytes
     complete: bool
     next: str | None
 

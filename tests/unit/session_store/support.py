@@ -40,7 +40,8 @@ def got(store: SessionStore, session: PromptSession) -> PromptSession:
 
 def documents_of(store: BufferedSessionStore) -> list[Any]:
     """Return all sessions as the API's list shows them."""
-    return [orjson.loads(text) for text in store.list_documents(limit=1_000).documents]
+    found: list[Any] = orjson.loads(store.list_documents(limit=1_000).sessions)
+    return found
 
 
 def assert_lists_show_what_is_there(store: BufferedSessionStore) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import orjson
 import pytest
 
-from local_store import LocalStore, Outcome
+from local_store import LocalStore, Outcome, Row
 from syncer.sessions import BufferedSessionStore, IRDraft
-from syncer.sessions.documents import Documents
+from syncer.sessions.documents import Documents, Shown
 from tests.unit.session_server import ReadServer
 from tests.unit.session_store.support import (
     ALICE,
@@ -139,7 +141,8 @@ def test_no_more_than_its_bound_is_kept_and_what_was_used_last_stays(
     sizes = Documents()
     store = BufferedSessionStore(local, ALICE, documents=sizes)
     session_ids = [store.create(a_session()) for _ in range(3)]
-    [size] = {len(text) for text in store.list_documents().documents}
+    found = sizes.look(local, ALICE, session_ids)
+    [size] = {len(shown.document.text) for shown in found.values()}
     documents = Documents(bytes_max=2 * size)
     made.clear()
     for row_id in [*session_ids, session_ids[1]]:
@@ -147,3 +150,36 @@ def test_no_more_than_its_bound_is_kept_and_what_was_used_last_stays(
     assert made == session_ids, "the second was still there"
     documents.look(local, ALICE, [session_ids[0]])
     assert made == [*session_ids, session_ids[0]]
+
+
+def test_a_delivery_between_the_question_and_the_look_is_no_reason_to_ask_again(
+    local: LocalStore,
+) -> None:
+    answered = threading.Event()
+
+    class Delivering(ReadServer):
+        """Delivers what its asker still holds, once it has answered."""
+
+        def read(self, *args: Any, **more: Any) -> list[list[Row]]:
+            told = super().read(*args, **more)
+            self.deliver(local)
+            answered.set()
+            return told
+
+    class Late(Documents):
+        """Looks at the local copy only behind that."""
+
+        def look(self, *args: Any) -> dict[str, Shown]:
+            assert answered.wait(5)
+            return super().look(*args)
+
+    server = Delivering()
+    store = BufferedSessionStore(local, ALICE, server, lambda: True, documents=Late())
+    store.create(a_session())
+    server.deliver(local)
+    store.create(a_session())
+    calls = server.calls
+    page = store.list_documents()
+    assert page.complete
+    assert [shown["sync"]["state"] for shown in orjson.loads(page.sessions)] == ["synced"] * 2
+    assert server.calls == calls + 1
