@@ -27,7 +27,7 @@ from local_store.listing import list_new, unlisted
 from local_store.memory import Memory, Proposal, Tail
 from local_store.op_log import Marks, touched_by
 from local_store.ops import Receipt, Row, TableSpec, WireOp
-from local_store.schema import seal
+from local_store.schema import crc_of
 from local_store.views import Key, View
 
 ROWS_PER_INSERT = 64  # each size up to it has a prepared statement of its own
@@ -38,11 +38,11 @@ _INSERT = (
 )
 COLUMNS = 14
 _PLACES = "(" + ",".join("?" * COLUMNS) + ")"
-_NOTHING = b"[null]"  # what most single ops replaced and took along
+_NOTHING = "[null]"  # what most single ops replaced and took along
 
 
-def _json(values: Sequence[Any]) -> bytes:
-    return _NOTHING if len(values) == 1 and values[0] is None else orjson.dumps(values)
+def _json(values: Sequence[Any]) -> str:
+    return _NOTHING if len(values) == 1 and values[0] is None else orjson.dumps(values).decode()
 
 
 class Group:
@@ -97,7 +97,8 @@ class Group:
         outcomes: list[Receipt | BaseException] = []
         for proposal in proposals:
             try:
-                outcomes.append(self._repeated(proposal, known) or self._append(proposal))
+                repeated = self._repeated(proposal, known) if proposal.is_given else None
+                outcomes.append(repeated or self._append(proposal))
             except LocalStoreError as refusal:
                 outcomes.append(refusal)
         return outcomes
@@ -137,8 +138,6 @@ class Group:
         self, proposal: Proposal, known: Mapping[str, tuple[str, str, Receipt]]
     ) -> Receipt | None:
         """Return the first receipt of a txn_id that was accepted before, with the same content."""
-        if not proposal.is_given:
-            return None
         found = self.tail.receipts.get(proposal.txn_id) or known.get(proposal.txn_id)
         if found is None:
             return None
@@ -179,63 +178,65 @@ class Group:
         return [(parent[1], parent_id)] if parent and parent_id is not None else []
 
     def _append(self, proposal: Proposal) -> Receipt:
-        accepted, known = proposal.accepted, self._known_marks
-        self._check_space(
-            self._position - known.closed, self._total_bytes - known.closed_bytes, proposal
-        )
+        accepted, tail = proposal.accepted, self.tail
+        self._check_space(proposal)
         staged = _Staged(self, proposal.author, self._accepted_at)
         before = [
-            staged.apply(op, expected)
-            for op, expected in zip(accepted.ops, accepted.expected, strict=True)
+            staged.apply(op, expected, is_fresh)
+            for op, expected, is_fresh in zip(
+                accepted.ops, accepted.expected, accepted.fresh, strict=True
+            )
         ]
         self._position += 1
         self._seq += 1
         self._total_bytes += proposal.size_bytes
         self._record(proposal, _json(before), _json(staged.children))
-        for (table, row_id), parent_id in touched_by(
-            self._tables, accepted.ops, staged.children
-        ).items():
-            self.tail.touches.append((table, row_id, self._position, parent_id))
+        touched = touched_by(self._tables, accepted.ops, staged.children)
+        for (table, row_id), parent_id in touched.items():
+            tail.touches.append((table, row_id, self._position, parent_id))
         self.changed.update(staged.changed)
-        self.tail.views.update(staged.changed)
-        self.tail.size_bytes += proposal.size_bytes
+        tail.views.update(staged.changed)
+        tail.size_bytes += proposal.size_bytes
         receipt = Receipt(proposal.txn_id, self._seq, "host", self._accepted_at)
-        self.tail.receipts[proposal.txn_id] = (proposal.author, accepted.digest, receipt)
+        tail.receipts[proposal.txn_id] = (proposal.author, accepted.digest, receipt)
         return receipt
 
-    def _record(self, proposal: Proposal, before: bytes, children: bytes) -> None:
-        accepted, schemas = proposal.accepted, encode_schemas(proposal.accepted.ops, self._tables)
-        numbers = (self._position, self._known_marks.log, self._seq)
-        names = (proposal.txn_id, proposal.author, accepted.digest, self._accepted_at)
-        content = seal(  # in the order of schema.CONTENT, joined as `seal` joins
-            b"%d\x1f%d\x1f%d" % numbers,
-            "\x1f".join(names).encode(),
+    def _record(self, proposal: Proposal, before: str, children: str) -> None:
+        accepted, at = proposal.accepted, self._accepted_at
+        position, log, seq = self._position, self._known_marks.log, self._seq
+        size_bytes, total_bytes = proposal.size_bytes, self._total_bytes
+        schemas = encode_schemas(accepted.ops, self._tables)
+        # In the order of schema.CONTENT, with the marks that `seal` puts between.
+        content = crc_of(
+            f"{position}\x1f{log}\x1f{seq}\x1f{proposal.txn_id}\x1f{proposal.author}"
+            f"\x1f{accepted.digest}\x1f{at}\x1f".encode(),
             accepted.encoded,
-            before,
-            children,
-            b"[]",
-            b"%b\x1f%d\x1f%d" % (schemas.encode(), proposal.size_bytes, self._total_bytes),
+            f"\x1f{before}\x1f{children}\x1f[]\x1f{schemas}\x1f{size_bytes}\x1f{total_bytes}".encode(),
         )
         self._values += (
-            *numbers,
+            position,
+            log,
+            seq,
             proposal.author,
             proposal.txn_id,
             accepted.digest,
-            self._accepted_at,
-            proposal.size_bytes,
-            self._total_bytes,
+            at,
+            size_bytes,
+            total_bytes,
             content,
             schemas,
             accepted.encoded.decode(),
-            before.decode(),
-            children.decode(),
+            before,
+            children,
         )
 
-    def _check_space(self, undelivered: int, size_bytes: int, proposal: Proposal) -> None:
-        if undelivered >= self._undelivered_max:
+    def _check_space(self, proposal: Proposal) -> None:
+        known = self._known_marks
+        if self._position - known.closed >= self._undelivered_max:
             reason = f"buffer_transactions_max = {self._undelivered_max}"
             raise BufferFull(self._full_retry_after_s, reason)
-        if size_bytes + proposal.size_bytes > self._undelivered_bytes_max:
+        undelivered_bytes = self._total_bytes - known.closed_bytes
+        if undelivered_bytes + proposal.size_bytes > self._undelivered_bytes_max:
             reason = f"buffer_bytes_max = {self._undelivered_bytes_max}"
             raise BufferFull(self._full_retry_after_s, reason)
 
@@ -272,6 +273,8 @@ class Group:
 class _Staged:
     """One transaction's changes, kept apart until it is certain that it isn't refused."""
 
+    __slots__ = ("_at", "_author", "_group", "changed", "children")
+
     def __init__(self, group: Group, author: str, at: str) -> None:
         self._group = group
         self._author = author
@@ -282,14 +285,15 @@ class _Staged:
     def _view(self, key: Key) -> View | None:
         return self.changed[key] if key in self.changed else self._group.view(key)
 
-    def apply(self, op: WireOp, expected: int | None) -> Row | None:
+    def apply(self, op: WireOp, expected: int | None, is_fresh: bool) -> Row | None:
         """Apply one op; returns what it replaced. Raises what refuses the transaction."""
         spec, key = self._group.tables[op.table], (op.table, op.id)
-        seen = self._view(key)
+        seen = None if is_fresh else self._view(key)
         if op.kind == "insert":
             if seen is not None and (seen.body is not None or seen.user_id != self._author):
                 raise InvalidWrite(spec.name, spec.key, f"{op.id} is taken; use a fresh id")
-            self._check_parent(spec, op)
+            if spec.parent is not None:
+                self._check_parent(spec, spec.parent, op)
             self.changed[key] = views.inserted(spec, seen, op, self._author, self._at)
             self.children.append(None)
             return None
@@ -302,21 +306,21 @@ class _Staged:
             self._delete(key, seen, taken_along)
             self.children.append(taken_along)
             return seen.body
-        self._check_parent(spec, op)
+        if spec.parent is not None:
+            self._check_parent(spec, spec.parent, op)
         self.changed[key] = views.updated(seen, op, self._at)
         self.children.append(None)
         # A column that is missing here was left to the server's default: nobody here knows it yet.
         return {column: seen.body[column] for column in op.values if column in seen.body}
 
-    def _check_parent(self, spec: TableSpec, op: WireOp) -> None:
+    def _check_parent(self, spec: TableSpec, parent: tuple[str, str], op: WireOp) -> None:
         """Refuse a parent that its author deleted; an unknown or foreign one is the server's."""
-        parent_id = op.values.get(spec.parent[0]) if spec.parent else None
-        if spec.parent is None or parent_id is None:
-            return
-        seen = self._view((spec.parent[1], parent_id))
+        column, table = parent
+        parent_id = op.values.get(column)
+        seen = None if parent_id is None else self._view((table, parent_id))
         if seen is not None and seen.body is None and seen.user_id == self._author:
             reason = f"the parent {parent_id} was deleted here"
-            raise InvalidWrite(spec.name, spec.parent[0], reason)
+            raise InvalidWrite(spec.name, column, reason)
 
     def _delete(self, key: Key, seen: View, known: dict[str, str | None]) -> None:
         """Mark a row and its author's children of it deleted, as the server's cascade will.

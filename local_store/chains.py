@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -176,7 +175,7 @@ def _forget_if_clean(
     """A child of a row that is gone is gone, unless something is still pending on it."""
     seen = rows_.base_view(connection, key)
     if seen is not None and seen.body is not None and not _positions(connection, key):
-        rows_.put(connection, tables, key, replace(seen, body=None, base=None), counter)
+        rows_.put(connection, tables, key, seen._replace(body=None, base=None), counter)
 
 
 def number(
@@ -198,7 +197,7 @@ def number(
         least = old.version + (old.body != new.body)
         if new.version != least:
             base = rows_.base_view(connection, key) or View(new.user_id, None, None, 0)
-            shifted = replace(base, version=base.version + least - new.version)
+            shifted = base._replace(version=base.version + least - new.version)
             rows_.put(connection, tables, key, shifted, counter)
 
 

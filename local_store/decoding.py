@@ -15,6 +15,8 @@ class RecordDamaged(Exception):
 
 def encode_schemas(ops: Sequence[WireOp], tables: Mapping[str, TableSpec]) -> str:
     """Return the schema versions that ops are written in, those above 1 only."""
+    if all(op.table not in tables or tables[op.table].schema_version == 1 for op in ops):
+        return "{}"
     versions = {op.table: tables[op.table].schema_version for op in ops if op.table in tables}
     return orjson.dumps({name: n for name, n in sorted(versions.items()) if n != 1}).decode()
 

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -32,8 +32,7 @@ _TIMESTAMP = re.compile(
 _CANONICAL_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(NamedTuple):
     """A transaction that passed the door: its ops, their encoding and its digest.
 
     `fresh` tells per op whether its id was made here, so that no row can have it yet.
@@ -63,21 +62,32 @@ def accept(
         raise InvalidWrite("", "ops", "a transaction needs at least one op")
     if len(ops) > limits.ops_max:
         raise InvalidWrite("", "ops", f"{len(ops)} ops; at most {limits.ops_max} per transaction")
-    wire = tuple(_wire_op(op, _spec(op, tables), author, limits) for op in ops)
-    encoded = orjson.dumps([op.to_json() for op in wire])
+    wire: list[WireOp] = []
+    expected: list[int | None] = []
+    fresh: list[bool] = []
+    for op in ops:
+        spec = _spec(op, tables)
+        wire.append(_wire_op(op, spec, author, limits))
+        if isinstance(op, Insert):
+            expected.append(None)
+            fresh.append(op.values.get(spec.key) is None)
+        else:
+            expected.append(op.expected_version)
+            fresh.append(False)
+    as_json = [op.to_json() for op in wire]
+    encoded = orjson.dumps(as_json)  # keys as they were given: a reader finds them in that order
     if len(encoded) > limits.op_bytes_max:
         _check_sizes(wire, limits)
-    expected = tuple(None if isinstance(op, Insert) else op.expected_version for op in ops)
-    fresh = tuple(
-        isinstance(op, Insert) and op.values.get(tables[op.table].key) is None for op in ops
-    )
-    return Accepted(wire, expected, fresh, encoded, digest_of(wire))
+    return Accepted(tuple(wire), tuple(expected), tuple(fresh), encoded, _digest(as_json))
 
 
 def digest_of(ops: Sequence[WireOp]) -> str:
     """Return the SHA-256 of the ops as accepted, without base and before; keys in one order."""
-    canonical = orjson.dumps([op.to_json() for op in ops], option=orjson.OPT_SORT_KEYS)
-    return hashlib.sha256(canonical).hexdigest()
+    return _digest([op.to_json() for op in ops])
+
+
+def _digest(ops: Sequence[Row]) -> str:
+    return hashlib.sha256(orjson.dumps(ops, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def _check_sizes(ops: Sequence[WireOp], limits: DoorLimits) -> None:
@@ -186,6 +196,8 @@ def check_text(table: str, column: str, value: Any, _depth_max: int = 0) -> str:
         raise InvalidWrite(table, column, f"must be text, not {type(value).__name__}")
     if "\x00" in value:
         raise InvalidWrite(table, column, "contains the NUL character, which Postgres can't store")
+    if value.isascii():
+        return value
     try:
         value.encode()
     except UnicodeEncodeError:

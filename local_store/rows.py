@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -286,7 +285,7 @@ def fold(connection: sqlite3.Connection, tables: Tables, key: Key, counter: int)
         seen = patched(tables.get(key[0]), seen, key, patch)
     if seen is not None:
         base = None if seen.body is None else seen.base
-        put(connection, tables, key, replace(seen, base=base), counter)
+        put(connection, tables, key, seen._replace(base=base), counter)
     connection.executemany(
         "DELETE FROM touches WHERE tbl = ? AND id = ? AND position = ?",
         [(*key, position) for (position,) in ready],

@@ -54,6 +54,14 @@ def seal(*values: bytes | None) -> int:
     return zlib.crc32(b"\x1f".join([b"\x00" if value is None else value for value in values]))
 
 
+def crc_of(*parts: bytes) -> int:
+    """Return the CRC-32 of bytes that follow each other, without copying them together."""
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return crc
+
+
 def _seal(columns: str, of: str = "") -> str:
     """Return the SQL that computes a record's seal; text is cast, since damaged text won't pass."""
     return f"seal({', '.join(f'CAST({of}{c.strip()} AS BLOB)' for c in columns.split(','))})"

@@ -8,7 +8,8 @@ server confirmed what was pending on it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from local_store.ops import Row, TableSpec, WireOp
 
@@ -22,8 +23,7 @@ def split_name(name: str) -> Key:
     return table, row_id
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """A row as its author sees it; `body` is None where there is none, or none any more.
 
     `base` is the server's version it builds on. `version` grows with each change. `touched_at` is
@@ -65,12 +65,12 @@ def inserted(spec: TableSpec, view: View | None, op: WireOp, author: str, at: st
 def updated(view: View, op: WireOp, at: str) -> View:
     """Return the row with an update in it; one that isn't there stays so."""
     body = None if view.body is None else {**view.body, **op.values}
-    return replace(view, body=body, version=view.version + 1, touched_at=at)
+    return View(view.user_id, body, view.base, view.version + 1, at)
 
 
 def deleted(view: View, at: str) -> View:
     """Return what is left of a row after its end."""
-    return replace(view, body=None, version=view.version + 1, touched_at=at)
+    return View(view.user_id, None, view.base, view.version + 1, at)
 
 
 def patched(spec: TableSpec | None, view: View | None, key: Key, patch: Patch) -> View | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 from local_store import LocalStore, Receipt
@@ -83,7 +83,7 @@ class Acknowledger:
         if self._limits.mode == "remote":
             return self._reach_remote(receipt)
         if self.must_ship() and self._ship():
-            return replace(receipt, durability="container")
+            return receipt._replace(durability="container")
         return receipt
 
     def must_ship(self) -> bool:
@@ -149,4 +149,4 @@ class Acknowledger:
                 if left_s <= 0 or not self._changed.wait(left_s):
                     break
         # What waits for a person is with the server too, and not what was asked for.
-        return replace(receipt, durability="remote") if state in SETTLED else receipt
+        return receipt._replace(durability="remote") if state in SETTLED else receipt

@@ -9,7 +9,7 @@ few; here the rows' results are put together per transaction.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from local_store.ops import Rewritten, Row, StoredTransaction, TableSpec, WireOp
 from syncer.core.conflict_records import Part, record_of, take_over
@@ -105,7 +105,7 @@ class _Merging:
             if written is None or op is None:
                 self._ops[txn][index] = None
                 continue
-            self._ops[txn][index] = replace(op, kind=written.kind, values=written.values)
+            self._ops[txn][index] = op._replace(kind=written.kind, values=written.values)
             self._before[txn][index] = written.before
         for place, values in plan.edits.items():
             self._edit(place, values)
@@ -158,7 +158,7 @@ class _Merging:
         if op is None:
             return
         news = {name: new for name, new in values.items() if not same(op.values.get(name), new)}
-        self._ops[txn][index] = replace(op, values=values)
+        self._ops[txn][index] = op._replace(values=values)
         chain = self._chains[f"{op.table}/{op.id}"]
         for at, slot in chain[chain.index(place) + 1 :]:
             later, before = self._ops[at][slot], self._before[at][slot]

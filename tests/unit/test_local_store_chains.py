@@ -75,7 +75,7 @@ def test_a_rewritten_transaction_replaces_ops_before_and_records_but_not_its_dig
     [old] = waiting(store)
     chains = store.chains([("notes", row_id)], user_id=USER)
     [item] = chains.transactions
-    ops = (replace(item.ops[0], values={"number": 2}),)
+    ops = (item.ops[0]._replace(values={"number": 2}),)
     record = {"table": "notes", "id": row_id, "outcome": "remote"}
     new = as_it_was(item, ops=ops, before=({"number": 5},), records=(record,))
     assert store.rebase(chains, [new], {f"notes/{row_id}": served(row_id, text="x", number=5)})

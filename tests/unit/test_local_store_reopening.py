@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,7 +134,7 @@ def test_a_replayed_change_that_met_another_row_builds_on_that_one(store: LocalS
     store.record([Outcome(made.txn_id, "applied", {f"notes/{row_id}": "new1"})])
     chains = store.chains([("notes", row_id)], user_id=USER)
     [item] = chains.transactions
-    more = replace(item.ops[0], id=add(store), values={"text": "x"})
+    more = item.ops[0]._replace(id=add(store), values={"text": "x"})
     wider = Rewritten(item.txn_id, (more, *item.ops), ({}, *item.before), ())
     assert store.rebase(chains, [wider], {f"notes/{row_id}": served(row_id, "met", text="1")})
     [again, _] = waiting(store)
