@@ -153,7 +153,8 @@ class BufferFile(FileLife):
         self, what: str, body: Callable[[sqlite3.Connection], Found], synced: bool
     ) -> Found:
         with self._transaction(what, synced) as connection:
-            self._upkeep.list_new(connection)
+            if unlisted(connection):
+                self._upkeep.list_new(connection)
             found = body(connection)
         self.checkpoint()
         return found

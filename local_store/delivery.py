@@ -35,6 +35,7 @@ from local_store.ops import (
     SETTLED,
     UNSETTLED,
     Chains,
+    DueWork,
     HeldRow,
     LogEntry,
     Outcome,
@@ -64,14 +65,14 @@ class Delivery:
         """Be the folder's one flusher for the length of a block; yields False when another is."""
         return self._file.flushing()
 
-    def pending(
+    def due(
         self,
         *,
         transactions_max: int,
         bytes_max: int,
         selection: Selection | None = None,
         after_user: str = "",
-    ) -> list[PendingTransaction]:
+    ) -> DueWork:
         """Return undelivered transactions that are due, of one log, by position.
 
         The oldest log goes first. Authors take turns from after `after_user` on, at most 50 of
@@ -81,14 +82,31 @@ class Delivery:
         """
         now_s = self._clock.now().timestamp()
 
-        def ask(connection: sqlite3.Connection) -> list[PendingTransaction]:
+        def ask(connection: sqlite3.Connection) -> DueWork:
             asked = due.Due(connection, now_s, selection, transactions_max, bytes_max)
-            found = due.pending(connection, self._tables, asked, after_user)
-            if not found and not integrity.is_consistent(connection):
+            found = due.work(connection, self._tables, asked, after_user)
+            if not found.transactions and not integrity.is_consistent(connection):
                 raise RecordDamaged  # something is undelivered and can't be found
             return found
 
         return self._file.read(ask)
+
+    def pending(
+        self,
+        *,
+        transactions_max: int,
+        bytes_max: int,
+        selection: Selection | None = None,
+        after_user: str = "",
+    ) -> list[PendingTransaction]:
+        """Return the transactions of `due` alone."""
+        found = self.due(
+            transactions_max=transactions_max,
+            bytes_max=bytes_max,
+            selection=selection,
+            after_user=after_user,
+        )
+        return list(found.transactions)
 
     def undelivered(
         self, selection: Selection | None = None, *, limit: int = 500
@@ -336,6 +354,10 @@ class Delivery:
             "bytes": marks.undelivered_bytes,
             "oldest_age_s": self._age_s(figures.oldest_undelivered(connection)),
         }
+
+    def backlog(self) -> int:
+        """Return how many transactions are undelivered; cheaper than all of `stats`."""
+        return self._file.read(op_log.read_marks).undelivered
 
     def oldest_age_s(self) -> float | None:
         """Return the age of the oldest undelivered transaction, None when there is none."""

@@ -14,8 +14,8 @@ import orjson
 
 from local_store.adopting import Sealed
 from local_store.decoding import RecordDamaged, decode_before, decode_ops
-from local_store.op_log import DUE_AHEAD_MAX_S, narrowing, touched_by
-from local_store.ops import PendingTransaction, Selection, TableSpec, WireOp
+from local_store.op_log import DUE_AHEAD_MAX_S, narrowing, read_marks, touched_by
+from local_store.ops import DueWork, PendingTransaction, Selection, TableSpec, WireOp
 from local_store.rows import base_of, standing
 from local_store.schema import SETTLED, intact
 
@@ -167,21 +167,28 @@ class Due:
         self._full = self._full or len(self.found) >= self._transactions_max
 
 
-def pending(
+def work(
     connection: sqlite3.Connection,
     tables: Mapping[str, TableSpec],
     due: Due,
     after_user: str,
-) -> list[PendingTransaction]:
-    """Return what is due of one log, by position, each with what it builds on."""
-    log = due.log()
+) -> DueWork:
+    """Return what is due of one log, by position, each with what it builds on.
+
+    When nothing is, the newest log stands for itself.
+    """
+    log, marks = due.log(), read_marks(connection)
+    ordinal = marks.log if log is None else log
+    log_id, end = connection.execute(
+        "SELECT log_id, last_seq FROM logs WHERE ordinal = ?", (ordinal,)
+    ).fetchone()
+    end = marks.seq if ordinal == marks.log else end
     if log is None:
-        return []
+        return DueWork(log_id, end)
     due.collect(log, after_user)
     due.ask_about_parked(log)
-    log_id = connection.execute("SELECT log_id FROM logs WHERE ordinal = ?", (log,)).fetchone()[0]
     found = [_complete(connection, tables, log_id, row) for row in sorted(due.found)]
-    return due.without_gaps(found)
+    return DueWork(log_id, end, tuple(due.without_gaps(found)))
 
 
 def undelivered(

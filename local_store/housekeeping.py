@@ -17,15 +17,13 @@ def is_due(
     connection: sqlite3.Connection, settled_before: str, cache_bytes_max: int, file_bytes_max: int
 ) -> bool:
     """Tell whether there is anything to let go; costs a look at two numbers and an index."""
-    (size_bytes,) = connection.execute("SELECT rows_bytes FROM totals").fetchone()
-    (oldest,) = connection.execute(
-        "SELECT min(settled_at) FROM op_log WHERE settled_at IS NOT NULL"
+    size_bytes, oldest = connection.execute(
+        "SELECT rows_bytes, (SELECT min(settled_at) FROM op_log WHERE settled_at IS NOT NULL)"
+        " FROM totals"
     ).fetchone()
     if size_bytes > cache_bytes_max:
         return True
-    return oldest is not None and (
-        oldest < settled_before or _file_bytes(connection) > file_bytes_max
-    )
+    return oldest is not None and (oldest < settled_before or _is_above(connection, file_bytes_max))
 
 
 def evict(connection: sqlite3.Connection, cache_bytes_max: int) -> int:
@@ -67,7 +65,7 @@ def compact(connection: sqlite3.Connection, settled_before: str, file_bytes_max:
     Those settled before `settled_before` go, and while the file is above `file_bytes_max` the
     oldest of the others too. The newest record stays: it tells where the log ends.
     """
-    before = "9999" if _file_bytes(connection) > file_bytes_max else settled_before
+    before = "9999" if _is_above(connection, file_bytes_max) else settled_before
     found = connection.execute(
         "SELECT position, children, ops FROM op_log WHERE settled_at < ?"
         " AND position < (SELECT max(position) FROM op_log)"
@@ -94,9 +92,11 @@ def _forget_deletions(connection: sqlite3.Connection, ops: str) -> None:
             _drop_rows(connection, found)
 
 
-def _file_bytes(connection: sqlite3.Connection) -> int:
-    """Return the bytes of the file that are in use."""
+def _is_above(connection: sqlite3.Connection, file_bytes_max: int) -> bool:
+    """Tell whether more bytes of the file are in use than may be."""
     (pages,) = connection.execute("PRAGMA page_count").fetchone()
-    (free,) = connection.execute("PRAGMA freelist_count").fetchone()
     (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
-    return (int(pages) - int(free)) * int(page_bytes)
+    if int(pages) * int(page_bytes) <= file_bytes_max:
+        return False
+    (free,) = connection.execute("PRAGMA freelist_count").fetchone()
+    return (int(pages) - int(free)) * int(page_bytes) > file_bytes_max

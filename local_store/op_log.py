@@ -64,17 +64,18 @@ class Marks:
 
 def read_marks(connection: sqlite3.Connection) -> Marks:
     """Return how far the file has come."""
-    totals = connection.execute(
-        "SELECT last_position, log, last_seq, total_bytes, closed, closed_bytes, listed,"
-        " change_counter FROM totals"
+    found = connection.execute(
+        "SELECT t.last_position, t.log, t.last_seq, t.total_bytes, t.closed, t.closed_bytes,"
+        " t.listed, t.change_counter, l.position, l.log, l.seq, l.total_bytes"
+        " FROM totals t LEFT JOIN op_log l ON l.position = (SELECT max(position) FROM op_log)"
     ).fetchone()
-    last = connection.execute(
-        "SELECT position, log, seq, total_bytes FROM op_log ORDER BY position DESC LIMIT 1"
-    ).fetchone()
-    if totals is None or None in totals or None in (last or ()):
+    if found is None or None in found[:8]:
         raise RecordDamaged
-    position, log, seq, total_bytes, *rest = totals
-    if last is not None:
+    position, log, seq, total_bytes, *rest = found[:8]
+    last = found[8:]
+    if last != (None, None, None, None):  # the log isn't empty
+        if None in last:
+            raise RecordDamaged
         position, total_bytes = max(position, last[0]), max(total_bytes, last[3])
         seq = max(seq, last[2]) if last[1] == log else seq
     return Marks(position, log, seq, total_bytes, *rest)

@@ -174,6 +174,18 @@ class PendingTransaction:
 
 
 @dataclass(frozen=True, slots=True)
+class DueWork:
+    """What is sent next: transactions of one log, by position, and how far that log has come.
+
+    All of one moment: an `acknowledged_seq` beyond what was acknowledged would look like a loss.
+    """
+
+    log_id: str
+    acknowledged_seq: int
+    transactions: tuple[PendingTransaction, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Selection:
     """Narrows to some transactions: accepted in [since, until), ISO 8601 in UTC with microseconds;
     with an op on `table`; by `user_id`. None doesn't narrow.

@@ -35,8 +35,10 @@ def views(
     Raises RecordDamaged when a record that bears on them fails its checksum.
     """
     asked = sorted(set(keys))
-    encoded = orjson.dumps(asked).decode()
     found: dict[Key, View | None] = dict.fromkeys(asked)
+    if not asked:
+        return found
+    encoded = orjson.dumps(asked).decode()
     found |= {key: view for key, view in _bases(connection, encoded)}
     for key, patches in _patches(connection, tables, encoded).items():
         found[key] = folded(tables.get(key[0]), found[key], key, patches)
@@ -86,7 +88,10 @@ def patches_at(
     connection: sqlite3.Connection, tables: Tables, bearing: Iterable[tuple[Any, ...]]
 ) -> list[Patch]:
     """Return the transactions at the positions that stand last in each of `bearing`."""
-    positions = orjson.dumps(sorted({item[-1] for item in bearing})).decode()
+    asked = sorted({item[-1] for item in bearing})
+    if not asked:
+        return []
+    positions = orjson.dumps(asked).decode()
     found = connection.execute(
         f"SELECT l.position, l.user_id, l.accepted_at, l.ops, l.children, l.schemas, {intact('l.')}"
         " FROM json_each(?) k CROSS JOIN op_log l ON l.position = k.value",

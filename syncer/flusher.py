@@ -198,20 +198,16 @@ class Flusher:
 
     def _next_batch(self) -> tuple[Batch, list[PendingTransaction]]:
         """Return what to send, and what a merge left to a person and is to be parked."""
-        # Each log's end is read before its pending part: a smaller acknowledged_seq is only stale,
-        # one beyond what was acknowledged would look like a loss.
-        ends = {log["log_id"]: log["last_seq"] for log in self._store.logs()}
-        due = self._store.pending(
+        due = self._store.due(
             transactions_max=self._pace.limit,
             bytes_max=self._limits.batch_bytes_max,
             selection=self._selection,
             after_user=self._after_user,
         )
-        log_id = due[0].log_id if due else self._store.log_id
-        undecided = [transaction for transaction in due if needs_person(transaction)]
-        sendable = [transaction for transaction in due if not needs_person(transaction)]
+        undecided = [item for item in due.transactions if needs_person(item)]
+        sendable = [item for item in due.transactions if not needs_person(item)]
         chosen = choose(sendable, self._limits.batch_ops_max)
-        return Batch(log_id, ends.get(log_id, 0), chosen), undecided
+        return Batch(due.log_id, due.acknowledged_seq, chosen), undecided
 
     # -- what a reply asks for --
 
@@ -260,6 +256,8 @@ class Flusher:
 
     def _behind(self, found: Sorted, parks: Sequence[Park]) -> list[Park]:
         """Sort out what waits: behind work that is or will be parked it is too, else it stays."""
+        if not found.waiting:
+            return []
         blockers = {blocker for _, _, blocker in found.waiting}
         parked = self._store.parked_among(list(blockers))
         # What an adopted transaction waits for and isn't here was handed over by its own buffer.
@@ -336,7 +334,7 @@ class Flusher:
             return self._after_failure(batch, later, report)
 
     def _report(self, report: FlushReport) -> FlushReport:
-        return replace(report, pending=self._store.stats()["pending"], breaker=self.breaker)
+        return replace(report, pending=self._store.backlog(), breaker=self.breaker)
 
 
 def _tally(report: FlushReport, verdicts: Sequence[Verdict]) -> FlushReport:

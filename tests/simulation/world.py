@@ -322,13 +322,10 @@ class World:
         if not told:
             return
         log_id = store.log_id
-        for user in USERS:
-            for spec in TABLES:
-                held = store.select(spec.name, user_id=user, limit=-1, columns=())
-                for row in held:
-                    version = self.server.version(spec.name, row["id"])
-                    if not row["_pending"] and row["updated_at"] == version:
-                        self.history.saw(log_id, spec.name, row["id"], version)
+        for _, row in store.clean_rows(limit=-1):
+            version = self.server.version(row.table, row.id)
+            if version is not None and row.base == version:
+                self.history.saw(log_id, row.table, row.id, version)
 
     # -- the world --
 
