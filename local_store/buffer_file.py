@@ -7,11 +7,8 @@ SQLite reports comes out in this package's words, and says whether the write hap
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import sqlite3
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_UN, flock
@@ -20,7 +17,7 @@ from typing import TypeVar
 
 import orjson
 
-from local_store import opening
+from local_store import forks, opening
 from local_store.decoding import RecordDamaged
 from local_store.errors import (
     BufferFull,
@@ -29,16 +26,12 @@ from local_store.errors import (
     StoreClosed,
     StoreCorrupt,
 )
-from local_store.fair_lock import FairLock
 from local_store.file_life import FileLife, Upkeep
-from local_store.high_water import HighWater
 from local_store.listing import unlisted
 from local_store.space import Ballast, check_free
 from local_store.write_ahead import checkpoint
 
-_CREATE = os.O_RDWR | os.O_CREAT
 LOOK_BYTES = 256 * 1024  # appended between two looks at the free space
-_NAME_BYTES = 16  # a random name per open store
 WAL_FRAMES_MAX = 1_000  # pages, 4 MB: a checkpoint of it takes about 10 ms, between two groups
 
 Found = TypeVar("Found")
@@ -57,6 +50,7 @@ class BufferFile(FileLife):
         ids: Callable[[], str],
         full_retry_after_s: float,
         free_bytes_min: int,
+        fork_wait_s: float,
         upkeep: Upkeep,
     ) -> None:
         self._folder = folder
@@ -64,28 +58,21 @@ class BufferFile(FileLife):
         self._ids = ids
         self._full_retry_after_s = full_retry_after_s
         self._free_bytes_min = free_bytes_min
+        self._fork_wait_s = fork_wait_s
         self._upkeep = upkeep
-        self._lock = FairLock()
-        self._read_lock = threading.Lock()
-        self._pid = os.getpid()
-        self._lock_fd = os.open(folder / opening.LOCK_NAME, _CREATE, 0o600)
+        self._closed = False
         self._ballast = Ballast(folder)
         self._connection: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
-        self._high_water = HighWater(folder)
         self._damaged: tuple[int, int] | None = None  # the file that must not be used any more
-        self._me = os.urandom(_NAME_BYTES)
-        self._shared = self._share()
         self._unlooked_bytes = LOOK_BYTES
         self._frames = 0  # in the write-ahead log since the last checkpoint, roughly
         self._is_pinned = False  # by a reader elsewhere, for long
         self.generation = 0
-
-    def _share(self) -> mmap.mmap:
-        """Map the lock's file, written first: a hole in it could meet a full disk as a signal."""
-        os.pwrite(self._lock_fd, bytes(_NAME_BYTES), 0)
-        return mmap.mmap(self._lock_fd, _NAME_BYTES)
+        self._begin_process()
+        self._take_hold()
+        forks.register(self)
 
     def open(self) -> None:
         """Open or create the file; what was found in it is durable when this returns."""
@@ -101,11 +88,12 @@ class BufferFile(FileLife):
     def close(self) -> None:
         """Close the file; everything acknowledged is already durable."""
         if self._pid != os.getpid():
-            self._leak()  # after a fork the file, and the lock that both share, are the parent's
+            self._keep_open()  # the file, and the lock that both share, are the parent's
             return
         with self._lock:
+            self._closed = True
             lock_fd, self._lock_fd = self._lock_fd, -1
-            if lock_fd < 0:
+            if lock_fd < 0:  # closed before, or never used in this process
                 return
             with opening.folder_lock(lock_fd):  # the last one to close checkpoints
                 self._give_up()
@@ -240,7 +228,7 @@ class BufferFile(FileLife):
         self._check_process()
         with self._lock:
             if self._lock_fd < 0:
-                raise StoreClosed("this store is closed")
+                self._come_back()
             flock(self._lock_fd, LOCK_EX)
             try:
                 return self._append_locked(body, size_bytes)
@@ -278,13 +266,19 @@ class BufferFile(FileLife):
             check_free(self._folder, self._free_bytes_min, self._full_retry_after_s)
             self._unlooked_bytes = 0
 
+    def _come_back(self) -> None:
+        """Refuse once the store is closed; else this is a forked child's first use of it."""
+        if self._closed:
+            raise StoreClosed("this store is closed")
+        self._take_hold_again()
+
     @contextmanager
     def _locked(self) -> Iterator[sqlite3.Connection]:
         """Hold both locks, with the file that the folder leads to open."""
         self._check_process()
         with self._lock, self._cleanly():
             if self._lock_fd < 0:
-                raise StoreClosed("this store is closed")
+                self._come_back()
             with opening.folder_lock(self._lock_fd):
                 connection = self._opened()
                 self._note_others()
@@ -306,7 +300,7 @@ class BufferFile(FileLife):
     def flushing(self) -> Iterator[bool]:
         """Hold the folder's flusher lock; yields False when somebody else holds it."""
         self._check_process()
-        if self._lock_fd < 0:
+        if self._closed:
             raise StoreClosed("this store is closed")
         with opening.flusher_lock(self._folder) as is_mine:
             yield is_mine
@@ -371,21 +365,3 @@ class BufferFile(FileLife):
         if isinstance(clean, StoreCorrupt):
             self._damaged = self._identity
         return clean or error
-
-    def _check_process(self) -> None:
-        """Refuse after a fork, before the lock: another thread may have held it at that moment."""
-        if self._pid != os.getpid():
-            # SQLite's locks don't survive a fork: acknowledgements here would go nowhere.
-            self._leak()
-            raise StoreClosed("this store was opened before a fork; start a fresh process")
-
-    def _leak(self) -> None:
-        """Keep a forked child from ever closing what is its parent's.
-
-        The last connection to close deletes the write-ahead log, and in the child SQLite takes
-        itself for the last.
-        """
-        for opened in (self._connection, self._reader):
-            if opened is not None:
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(opened))
-        self._connection = self._reader = None

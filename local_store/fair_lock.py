@@ -19,15 +19,33 @@ class FairLock:
         self._held = False
         self._waiting: deque[threading.Lock] = deque()
 
-    def __enter__(self) -> None:
+    def acquire(self, timeout: float = -1) -> bool:
+        """Take the lock; False when it wasn't to be had within `timeout` seconds (-1: for ever)."""
         with self._inner:
             if not self._held:
                 self._held = True
-                return
+                return True
             turn = threading.Lock()
             turn.acquire()
             self._waiting.append(turn)
-        turn.acquire()  # until the holder before us hands over: `held` stays true meanwhile
+        # Until the holder before us hands over: `held` stays true meanwhile.
+        in_time = turn.acquire(timeout=timeout)
+        with self._inner:
+            if not in_time and turn in self._waiting:  # else it was handed over just now
+                self._waiting.remove(turn)
+                return False
+        return True
+
+    def release(self) -> None:
+        """Hand over to who has waited longest."""
+        with self._inner:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._held = False
+
+    def __enter__(self) -> None:
+        self.acquire()
 
     def __exit__(
         self,
@@ -35,8 +53,4 @@ class FairLock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._inner:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._held = False
+        self.release()

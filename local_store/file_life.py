@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from local_store import forks, opening, salvage
+from local_store import opening, salvage
 from local_store.decoding import RecordDamaged
-from local_store.errors import CommitUnknown, StoreClosed, StoreCorrupt
-from local_store.high_water import HighWater
+from local_store.errors import CommitUnknown, StoreCorrupt
+from local_store.file_forks import FileForks, close_all
 from local_store.listing import unlisted
 from local_store.space import Ballast
 
@@ -38,22 +37,15 @@ class Upkeep:
     now: Callable[[], str]
 
 
-class FileLife:
+class FileLife(FileForks):
     """The half of a BufferFile that opens and replaces it; both locks are held by the caller."""
 
-    _folder: Path
-    _path: Path
     _ids: Callable[[], str]
     _free_bytes_min: int
     _upkeep: Upkeep
-    _read_lock: threading.Lock
     _ballast: Ballast
-    _high_water: HighWater
-    _connection: sqlite3.Connection | None
-    _reader: sqlite3.Connection | None
     _identity: tuple[int, int] | None
     _damaged: tuple[int, int] | None
-    generation: int
 
     def backup(self, target: Path) -> None:
         """Copy one consistent state to a new file, page by page beside the writes."""
@@ -61,7 +53,7 @@ class FileLife:
         part = target.with_name(target.name + ".part")
         try:
             # A connection of its own: a long copy must not keep readers waiting.
-            with closing(opening.connect(self._path, readonly=True)) as source:
+            with self._copying, closing(opening.connect(self._path, readonly=True)) as source:
                 opening.copy(source, part)
             with closing(opening.connect(part)) as copied:
                 (found,) = copied.execute("PRAGMA integrity_check(1)").fetchone()
@@ -81,11 +73,6 @@ class FileLife:
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
     def _connect(self) -> None:
-        if forks.is_inherited(self._identity_on_disk()):
-            raise StoreClosed(
-                f"{self._path} was open when this process was forked; use a process that was"
-                " started afresh (spawn, exec), or fork before the file is opened"
-            )
         connection = self._begun(self._usable())
         try:
             reader = opening.connect(self._path, readonly=True)
@@ -95,7 +82,6 @@ class FileLife:
             connection.close()
             raise
         self._damaged, self._identity = None, self._identity_on_disk()
-        forks.note(self._identity)
         with self._read_lock:
             self._connection, self._reader = connection, reader
         self.generation += 1
@@ -160,28 +146,11 @@ class FileLife:
             raise
         return connection
 
-    def _identity_on_disk(self) -> tuple[int, int] | None:
-        try:
-            found = os.stat(self._path)
-        except FileNotFoundError:
-            return None
-        return found.st_dev, found.st_ino
-
     def _give_up(self) -> None:
-        """Close both connections; readers first, so that the writer's is the last.
-
-        What is remembered of the file is void at once: the next one to be opened may be another.
-        """
-        self.generation += 1
+        """Close both connections."""
         with self._read_lock:
-            reader, self._reader = self._reader, None
-            connection, self._connection = self._connection, None
-        if connection is not None:
-            forks.forget(self._identity)
-        for opened in (reader, connection):
-            if opened is not None:
-                with suppress(sqlite3.Error):
-                    opened.close()
+            opened = self._let_go()
+        close_all(opened)
 
     def _is_found(self) -> bool:
         """Tell whether the folder still leads to the open file: nothing is put where it is lost."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
+from local_store import forks
 from local_store.errors import StoreClosed
 
 _log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class _Coroutine(Generic[Item, Result]):
     future: asyncio.Future[Result]
 
 
-class GroupCommit(Generic[Item, Result]):
+class GroupCommit(forks.Forkable, Generic[Item, Result]):
     """Collects items and commits them in groups of at most 256, by one thread at a time.
 
     `after` runs behind each group, when its callers are on their way and the next may be led.
@@ -89,15 +90,19 @@ class GroupCommit(Generic[Item, Result]):
         self._after = after
         self._monotonic = monotonic
         self._patience_max_s = patience_max_s
-        self._reset()
+        self._closed = False
+        self._begin_process()
+        forks.register(self)
 
-    def _reset(self) -> None:
-        """Start with nobody waiting; also in a forked child, which has none of the threads."""
+    def after_fork_in_child(self) -> None:
+        """Start with nobody waiting: who waits, and who leads, is a thread of the parent."""
+        self._begin_process()
+
+    def _begin_process(self) -> None:
         self._pid = os.getpid()
         self._mutex = threading.Lock()
         self._waiting: deque[_Thread[Item, Result] | _Coroutine[Item, Result]] = deque()
         self._leading = False
-        self._closed = False
         self._idle = threading.Condition(self._mutex)
         self._expected, self._patience_s = 1, 0.0
         self._gathering = False

@@ -21,3 +21,4 @@ class StoreLimits(DoorLimits):
     settled_retention_s: float = 86_400.0  # what a restored server may have to be told again
     file_bytes_max: int = 4 * 1024**3  # above it the oldest settled ones go before their time
     views_bytes_max: int = 32 * 1024**2  # rows remembered for the next write to them
+    fork_wait_s: float = 5.0  # for each of a store's locks: a sync under way, a long read, a backup

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
@@ -15,15 +16,41 @@ from pathlib import Path
 import orjson
 from sqlite_utils import Database
 
+from local_store import forks
 from local_store.errors import DiskFailed, LocalStoreError, SchemaTooNew, StoreCorrupt
 from local_store.schema import is_whole, migrations, seal, start_log
 
 FILE_NAME = "buffer.db"
 LOCK_NAME = "buffer.lock"
 FLUSHER_LOCK_NAME = "flusher.lock"
+POLL_S = 0.005  # between two looks at a lock that can't be waited for with a limit
 BUSY_TIMEOUT_MS = 5_000  # only readers can meet a lock: writers queue on the folder's flock
 CACHED_STATEMENTS = 512  # the text of an insert varies with the size of its group
 WAL_BYTES_KEPT = 8 * 1024 * 1024  # twice what a checkpoint finds: cut after a reader made it grow
+
+
+class _Turn(forks.Forkable):
+    """An open flusher lock: it belongs to the open file, which a forked child shares.
+
+    The child closes it at once; kept, it would prolong its parent's turn beyond that one's end.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.descriptor = os.open(folder / FLUSHER_LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
+        forks.register(self)
+
+    def after_fork_in_child(self) -> None:
+        """Leave the turn to the parent."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def end(self) -> None:
+        """End the turn, at once even if a child was forked just now; in the child do nothing."""
+        if self.descriptor >= 0:
+            flock(self.descriptor, LOCK_UN)
+            os.close(self.descriptor)
+            self.descriptor = -1
 
 
 @contextmanager
@@ -32,23 +59,16 @@ def flusher_lock(folder: Path) -> Iterator[bool]:
 
     The lock belongs to an open file of its own, so it ends with the block or with the process.
     """
-    descriptor = os.open(folder / FLUSHER_LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
-    opener = os.getpid()
+    turn = _Turn(folder)
     try:
         try:
-            flock(descriptor, LOCK_EX | LOCK_NB)
+            flock(turn.descriptor, LOCK_EX | LOCK_NB)
         except BlockingIOError:
             yield False
             return
-        try:
-            yield True
-        finally:
-            # A process forked meanwhile shares this open file: closing ours wouldn't end the lock,
-            # and the child leaving the block must not end the parent's.
-            if opener == os.getpid():
-                flock(descriptor, LOCK_UN)
+        yield True
     finally:
-        os.close(descriptor)
+        turn.end()
 
 
 @contextmanager
@@ -61,6 +81,25 @@ def folder_lock(lock_fd: int) -> Iterator[None]:
     flock(lock_fd, LOCK_EX)
     try:
         yield
+    finally:
+        flock(lock_fd, LOCK_UN)
+
+
+@contextmanager
+def folder_lock_within(lock_fd: int, seconds: float) -> Iterator[bool]:
+    """Hold the folder's lock; yields False when it isn't to be had for that long."""
+    never = threading.Event()
+    for _ in range(max(1, int(seconds / POLL_S))):
+        try:
+            flock(lock_fd, LOCK_EX | LOCK_NB)
+            break
+        except BlockingIOError:
+            never.wait(POLL_S)
+    else:
+        yield False
+        return
+    try:
+        yield True
     finally:
         flock(lock_fd, LOCK_UN)
 
@@ -159,6 +198,8 @@ def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
         path, isolation_level=None, check_same_thread=False, cached_statements=CACHED_STATEMENTS
     )
     try:
+        found = os.stat(path)
+        forks.note((found.st_dev, found.st_ino))
         connection.create_function("seal", -1, seal, deterministic=True)
         connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
         connection.execute("PRAGMA wal_autocheckpoint = 0")

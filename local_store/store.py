@@ -13,7 +13,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from local_store import aggregates, integrity, op_log, opening, rows, schema, schemas, selecting
+from local_store import (
+    aggregates,
+    forks,
+    integrity,
+    op_log,
+    opening,
+    rows,
+    schema,
+    schemas,
+    selecting,
+)
 from local_store.aggregates import Aggregate, Stamp
 from local_store.appending import Group
 from local_store.buffer_file import BufferFile
@@ -31,10 +41,11 @@ from local_store.ops import Op, Receipt, Row, TableSpec, by_name, user_uuid
 from local_store.sealing import Sealing
 
 
-class LocalStore(Delivery, Sealing):
+class LocalStore(Delivery, Sealing, forks.Forkable):
     """A folder that acknowledges writes durably and remembers what still has to be delivered.
 
-    Thread-safe; several processes may share a folder. Open with `LocalStore.open`.
+    Thread-safe; several processes may share a folder. After a fork both sides go on using it, each
+    by itself: the fork waits until nobody uses the file. Open with `LocalStore.open`.
     """
 
     def __init__(
@@ -54,11 +65,13 @@ class LocalStore(Delivery, Sealing):
             ids,
             limits.full_retry_after_s,
             limits.free_bytes_min,
+            limits.fork_wait_s,
             Upkeep(self._list_new, self._mend, self._relist, self._adopt, self._now),
         )
         self._memory = Memory(limits.views_bytes_max)
         self._group = GroupCommit(self._commit, self._behind, clock.monotonic)
         self._on_write: Callable[[], None] | None = None
+        forks.register(self)
 
     @classmethod
     def open(
@@ -115,6 +128,10 @@ class LocalStore(Delivery, Sealing):
     def on_write(self, nudge: Callable[[], None] | None) -> None:
         """Call `nudge` after each acknowledged write, to wake a flusher. It must not block."""
         self._on_write = nudge
+
+    def after_fork_in_child(self) -> None:
+        """Wake nobody from here: the flusher that it woke is the parent's."""
+        self._on_write = None
 
     # -- the write half ---------------------------------------------------------------------------
 

@@ -72,6 +72,14 @@ DEFENCES = (
         ("tests/unit/test_local_store_damage.py", "tests/unit/test_local_store_seals.py"),
     ),
     Defence(
+        "closing before a fork",
+        "a forked child can't use the buffer, or loses what it acknowledged",
+        "local_store/forks.py",
+        "        thing.before_fork()\n",
+        "        pass\n",
+        ("tests/unit/test_local_store_forks.py",),
+    ),
+    Defence(
         "role switch",
         "a stranger's transaction writes somebody else's row",
         "migrations/013_create_sync_effects.sql",

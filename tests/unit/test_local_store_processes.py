@@ -1,8 +1,7 @@
-"""Several processes, killed processes, forked processes: one folder stays one log."""
+"""Several processes, killed processes: one folder stays one log."""
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -14,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from local_store import Insert, LocalStore, StoreClosed, Update, VersionMismatch
-from local_store.clock import SystemClock, new_id
+from local_store import Insert, LocalStore, Update, VersionMismatch
+from local_store.clock import new_id
 from syncer.testkit.disk_faults import DiskFaults
 from tests.unit.buffer_tables import TABLES, USER, add, waiting
 
@@ -171,42 +170,6 @@ def test_a_kill_at_any_step_of_a_commit_leaves_all_of_it_or_nothing(tmp_path: Pa
         add(store)
 
 
-def test_a_store_from_before_a_fork_refuses_in_the_child_and_works_in_the_parent(tmp_path: Path):
-    with LocalStore.open(tmp_path, tables=TABLES) as store:
-        row_id = add(store)
-
-        def child() -> None:
-            for call in (
-                lambda: add(store),
-                lambda: store.get("notes", row_id, user_id=USER),
-                lambda: waiting(store),
-            ):
-                with pytest.raises(StoreClosed, match="fork"):
-                    call()
-            store.close()
-
-        assert in_fork(child) == 0
-        add(store)
-        assert [txn.seq for txn in waiting(store)] == [1, 2]
-
-
-def test_a_child_can_not_open_what_was_open_at_the_fork_and_loses_nothing_by_it(tmp_path: Path):
-    """It would believe in its parent's locks, and lose what it wrote when the parent closes."""
-    store = LocalStore.open(tmp_path, tables=TABLES)
-    add(store)
-
-    def child() -> None:
-        with pytest.raises(StoreClosed, match="forked"):
-            LocalStore.open(tmp_path, tables=TABLES)
-        with LocalStore.open(tmp_path / "another", tables=TABLES) as own:
-            add(own)
-
-    assert in_fork(child) == 0
-    add(store)
-    assert [txn.seq for txn in waiting(store)] == [1, 2]
-    store.close()
-
-
 def test_parent_and_child_both_write_when_each_opens_after_the_fork(tmp_path: Path):
     with LocalStore.open(tmp_path, tables=TABLES) as store:
         add(store)
@@ -233,72 +196,3 @@ def test_parent_and_child_both_write_when_each_opens_after_the_fork(tmp_path: Pa
     with LocalStore.open(tmp_path, tables=TABLES) as store:
         assert [txn.seq for txn in waiting(store)] == list(range(1, 402))
         assert store.damage()["lost"] == 0
-
-
-class Gate(SystemClock):
-    """A clock whose sleepers wait until the gate is opened."""
-
-    def __init__(self) -> None:
-        self.entered, self.opened = threading.Event(), threading.Event()
-
-    def sleep(self, seconds: float) -> None:
-        self.entered.set()
-        self.opened.wait(DEADLINE_S)
-
-
-def test_a_flushers_turn_ends_with_its_block_in_the_parent_alone(tmp_path: Path):
-    """A forked child shares the open file: it can't end the parent's turn, nor prolong it."""
-    with (
-        LocalStore.open(tmp_path, tables=TABLES) as store,
-        LocalStore.open(tmp_path, tables=TABLES) as other,
-    ):
-        ended, end = os.pipe()
-        turn = store.flushing()
-        assert turn.__enter__()
-
-        def leaving() -> None:
-            turn.__exit__(None, None, None)
-
-        assert in_fork(leaving) == 0
-        with other.flushing() as mine:
-            assert not mine
-        lingering = os.fork()
-        if lingering == 0:
-            os.close(end)
-            os.read(ended, 1)  # until the parent is done
-            os._exit(0)
-        turn.__exit__(None, None, None)
-        try:
-            with other.flushing() as mine:
-                assert mine
-        finally:
-            os.close(end)
-            os.close(ended)
-            os.waitpid(lingering, 0)
-
-
-def test_a_fork_during_a_write_neither_hangs_nor_unlocks(tmp_path: Path):
-    gate = Gate()
-    with (
-        DiskFaults(tmp_path, clock=gate) as disk,
-        LocalStore.open(tmp_path, tables=TABLES) as store,
-    ):
-        disk.slow_sync(1, "-wal", times=1)
-        writer = threading.Thread(target=add, args=(store,))
-        writer.start()
-        assert gate.entered.wait(DEADLINE_S)  # in the sync: it holds the thread and folder locks
-
-        def child() -> None:
-            signal.alarm(10)  # a hang would be a kill
-            with pytest.raises(StoreClosed):
-                add(store)
-            store.close()
-
-        try:
-            assert in_fork(child) == 0
-            with open(tmp_path / "buffer.lock") as lock, pytest.raises(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        finally:
-            gate.opened.set()
-        writer.join(DEADLINE_S)
-        assert store.stats()["last_seq"] == 1
