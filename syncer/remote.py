@@ -105,7 +105,8 @@ class _Line:
 class SupabaseRemote:
     """A Supabase project, reached with its secret key. Thread-safe; connects on first use.
 
-    `on_call` is told of each call in the thread that made it.
+    `on_call` is told of each call in the thread that made it. A call ends with ReplyTimedOut after
+    `deadline_s`, however slowly its reply comes.
     """
 
     def __init__(
@@ -114,9 +115,11 @@ class SupabaseRemote:
         secret_key: str,
         *,
         on_call: OnCall = lambda function, took_s, error: None,
+        deadline_s: float = CALL_DEADLINE_S,
         clock: Clock | None = None,
     ) -> None:
         self._url = url
+        self._deadline_s = deadline_s
         self._on_call = on_call
         self._clock = clock or SystemClock()
         self._secret_key = secret_key
@@ -245,7 +248,7 @@ class SupabaseRemote:
             line.http.close()
 
     def _call(self, function: str, params: Row, timeout_s: float | None = None) -> Any:
-        deadline_s = CALL_DEADLINE_S if timeout_s is None else timeout_s
+        deadline_s = self._deadline_s if timeout_s is None else timeout_s
         line = self._enter()
         call = Call(lambda: execute(line.client, function, params))
         self._calls.add(call)

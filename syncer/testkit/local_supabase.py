@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -216,6 +216,26 @@ class LocalSupabase:
         self.start_postgres()
         self.start_postgrest()
 
+    def rotate_keys(self) -> None:
+        """Give the project another JWT secret and API keys, as its owner does after a leak.
+
+        The old ones and all users' tokens are refused from now on; ask `secret_key`, `anon_key` and
+        `user_token` again.
+        """
+        secret = secrets.token_hex(32)
+        keys = {
+            "anon_key": _api_key("anon", secret),
+            "secret_key": _api_key("service_role", secret),
+        }
+        self._state = replace(self._state, jwt_secret=secret, **keys)
+        _write_private(self.folder / "state.json", json.dumps(asdict(self._state)))
+        self.jwt_secret = secret
+        self.anon_key, self.secret_key = keys["anon_key"], keys["secret_key"]
+        self._gateway.end()
+        self.stop_postgrest()
+        self.start_postgrest()
+        self._start_gateway()
+
     @contextmanager
     def outage(self) -> Iterator[None]:
         """Supabase is down inside the block and up again after it, however the block ends."""
@@ -256,6 +276,9 @@ class LocalSupabase:
             migrate(self.database_url)
         (self.folder / "postgrest.path").write_text(str(postgrest))
         self.start_postgrest()
+        self._start_gateway()
+
+    def _start_gateway(self) -> None:
         self._gateway.write(self._spawn_gateway())
         self._wait(f"{self.url}/auth/v1/health", self._gateway, "gateway.log")
 

@@ -1,34 +1,28 @@
-"""What goes wrong on the server's side: nothing is dead-lettered, nothing lost, no hand needed.
-
-Each test writes before and during the fault, lets the flusher pass, ends the fault, lets it pass
-again; then everything is applied, nothing is parked, and the audit balances.
-"""
+"""What goes wrong on the server's side: nothing is dead-lettered, nothing lost, no hand needed."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
 
-from local_store import Insert, LocalStore, Update
-from local_store.clock import ManualClock, SystemClock, new_id
-from syncer.audit import audit
-from syncer.flusher import Flusher, FlushReport
+from local_store import Update
+from syncer.flusher import FlushReport
 from syncer.migrate import load_migrations
 from syncer.remote import SupabaseRemote
-from syncer.sessions.tables import SESSION_TABLES
 from syncer.testkit.fault_proxy import FaultProxy
 from syncer.testkit.faults import Answer, canned
 from syncer.testkit.local_supabase import LocalSupabase
+from tests.integration.server_world import PASSES_MAX, RPC, USER, World, through
 
-USER = "github:42"
-RPC = "/rpc/sync_apply_batch"
-PASSES_MAX = 400  # PostgREST reconnects and reloads in its own time
 DAY_S = 86_400.0
+POOL = 15  # connections that the stack's PostgREST may open
 
 
 @pytest.fixture(scope="module")
@@ -36,59 +30,6 @@ def stack() -> Iterator[LocalSupabase]:
     """A Supabase of this module's own: these tests change its settings and its schema."""
     with LocalSupabase.start() as made:
         yield made
-
-
-class World:
-    """A buffer on a manual clock, its flusher by way of a fault proxy, and the database's owner."""
-
-    def __init__(self, stack: LocalSupabase, folder: Path, proxy: FaultProxy) -> None:
-        self.stack, self.proxy = stack, proxy
-        self.clock = ManualClock()
-        self.store = LocalStore.open(folder, tables=SESSION_TABLES, clock=self.clock)
-        self.remote = SupabaseRemote(proxy.url, stack.secret_key)
-        self.flusher = Flusher(self.store, self.remote, clock=self.clock, jitter=lambda: 0.5)
-        self.sessions: list[str] = []
-
-    def close(self) -> None:
-        self.store.close()
-        self.remote.close()
-
-    def write(self) -> None:
-        """A new session, and an edit of an older one."""
-        row_id = new_id()
-        self.store.write([Insert("sessions", {"id": row_id, "metadata": {}})], user_id=USER)
-        self.sessions.append(row_id)
-        changes = {"metadata": {"n": len(self.sessions)}}
-        self.store.write([Update("sessions", self.sessions[0], changes)], user_id=USER)
-
-    def pass_once(self, wait_s: float = 61.0) -> FlushReport:
-        self.clock.advance(wait_s)
-        return self.flusher.flush_once()
-
-    def recover(self) -> None:
-        """Only passes, until nothing is left; then the account."""
-        for _ in range(PASSES_MAX):
-            self.pass_once()
-            if self.store.stats()["pending"] == 0:
-                break
-            SystemClock().sleep(0.01)
-        stats = self.store.stats()
-        assert (stats["pending"], stats["parked"]) == (0, 0)
-        with self.sql() as sql:
-            assert sql.execute("select count(*) from sync.parked").fetchone() == (0,)
-        report = audit(SupabaseRemote(self.stack.url, self.stack.secret_key), self.store)
-        [log] = [log for log in report.logs if log.log_id == self.store.log_id]
-        assert log.balanced
-        assert log.applied == 2 * len(self.sessions)
-
-    @contextmanager
-    def sql(self) -> Iterator[psycopg.Connection[Any]]:
-        with psycopg.connect(self.stack.database_url, autocommit=True) as connection:
-            yield connection
-
-    def run(self, statement: str) -> None:
-        with self.sql() as sql:
-            sql.execute(statement.encode())
 
 
 @pytest.fixture
@@ -100,14 +41,6 @@ def world(stack: LocalSupabase, tmp_path: Path) -> Iterator[World]:
         made.pass_once()
         yield made
         made.close()
-
-
-def through(world: World, stopped: str, passes: int = 4) -> None:
-    """Write and pass during the fault; every pass reports it and keeps everything."""
-    for _ in range(passes):
-        world.write()
-        report = world.pass_once()
-        assert (report.stopped, report.applied, report.rejected) == (stopped, 0, 0)
 
 
 def test_a_hot_standby_that_answers_is_an_outage_until_it_is_promoted(
@@ -168,9 +101,9 @@ def test_days_of_401_keep_everything(world: World, stack: LocalSupabase):
         world.write()
         assert world.pass_once(DAY_S / 2).stopped == "auth"
     world.proxy.clear()
-    world.flusher = Flusher(world.store, wrong, clock=world.clock, jitter=lambda: 0.5)
+    world.flusher = world.flusher_for(wrong)
     through(world, "auth")
-    world.flusher = Flusher(world.store, right, clock=world.clock, jitter=lambda: 0.5)
+    world.flusher = world.flusher_for(right)
     world.recover()
     wrong.close()
 
@@ -185,6 +118,118 @@ def test_a_pool_without_a_free_connection_is_asked_less(world: World):
     through(world, "outage")
     world.proxy.clear()
     world.recover()
+
+
+def test_a_pool_that_is_really_exhausted_is_asked_less(world: World, stack: LocalSupabase):
+    crowd = [SupabaseRemote(stack.url, stack.secret_key) for _ in range(2)]
+    with world.sql() as sql, ThreadPoolExecutor(POOL) as pool:
+        with sql.transaction():
+            sql.execute("lock table sync.ledger in access exclusive mode")
+            waiting = [pool.submit(crowd[n % 2].audit) for n in range(POOL)]
+            while world.count_blocked() < POOL:
+                assert not any(call.done() for call in waiting)
+            world.write()
+            report = world.pass_once()
+        assert (report.stopped, report.rejected) == ("outage", 0)
+        assert "PGRST003" in (report.error or "")
+        assert all(call.result(30.0) for call in waiting)
+    for remote in crowd:
+        remote.close()
+    world.recover()
+
+
+def test_backends_that_are_stopped_are_an_outage_and_continued_they_double_nothing(
+    world: World, stack: LocalSupabase
+):
+    remote = SupabaseRemote(world.proxy.url, stack.secret_key, deadline_s=0.5)
+    world.flusher = world.flusher_for(remote)
+    with world.sql() as sql:
+        query = "select pid from pg_stat_activity where usename = 'authenticator'"
+        # The postmaster first: PostgREST would ask it for other backends.
+        stopped = [stack.pids()[0], *(pid for (pid,) in sql.execute(query).fetchall())]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        through(world, "outage")
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+    world.recover()
+    remote.close()
+
+
+def test_a_deadlock_with_somebody_elses_transaction_costs_a_pass_and_nothing_else(world: World):
+    """The outsider takes the rows in the other order: one of the two must give way."""
+    world.write()
+    world.pass_once()
+    rows = sorted(world.sessions)
+    world.write()
+    for row_id in rows:
+        world.store.write([Update("sessions", row_id, {"client": {"n": 1}})], user_id=USER)
+    touch = "update sessions set revision_count = revision_count where id = %s"
+    with world.sql() as sql, ThreadPoolExecutor(1) as pool:
+        with suppress(psycopg.errors.DeadlockDetected), sql.transaction():
+            sql.execute(touch, (rows[-1],))
+            passing = pool.submit(world.pass_once)
+            while not world.count_blocked():
+                assert not passing.done()
+            sql.execute(touch, (rows[0],))
+        report = passing.result(30.0)
+    assert report.rejected == 0
+    world.recover(writes=2 * len(world.sessions) + 2)
+
+
+def test_a_batch_that_takes_too_long_is_sent_in_smaller_ones(world: World):
+    [batch] = [item for item in load_migrations() if item.name.startswith("009_")]
+    world.run(
+        "create function public.dawdle() returns trigger language plpgsql as"
+        " $$ begin perform pg_sleep(0.02); return new; end $$;"
+        "create trigger dawdle before insert on sessions for each row execute function dawdle();"
+        "alter function public.sync_apply_batch_v1(jsonb) set statement_timeout = '400ms';"
+        "notify pgrst, 'reload schema'"
+    )
+    reports: list[FlushReport] = []
+    try:
+        while not any("57014" in (report.error or "") for report in reports):
+            assert len(reports) < PASSES_MAX  # the shorter limit holds once PostgREST has it
+            for _ in range(60):
+                world.write()
+            reports = [*reports[-1:], world.pass_once()]
+        assert reports[-1].stopped == "outage"
+        for _ in range(PASSES_MAX):
+            reports.append(world.pass_once())
+            if reports[-1].pending == 0:
+                break
+        failed = [n for n, report in enumerate(reports) if report.error]
+        assert all("57014" in (reports[n].error or "") for n in failed)
+        assert all(reports[n + 1].sent <= reports[n].sent // 2 for n in failed)
+        assert world.store.stats()["pending"] == 0  # in spite of the slow trigger
+    finally:
+        world.run(batch.sql)
+        world.run("drop trigger dawdle on sessions; drop function public.dawdle()")
+    world.recover()
+
+
+def test_a_key_rotated_in_the_middle_of_a_drain_pauses_it_until_the_new_one_is_set(
+    world: World, stack: LocalSupabase
+):
+    for _ in range(20):
+        world.write()
+    old = world.flusher_for(world.remote, batch_ops_max=10)
+    world.clock.advance(60)
+    assert old.flush_once().applied == 10
+    old_key = stack.secret_key
+    stack.rotate_keys()
+    for _ in range(3):
+        world.clock.advance(60)
+        report = old.flush_once()
+        assert (report.stopped, report.applied, report.rejected) == ("auth", 0, 0)
+        assert "SUPABASE_SECRET_KEY" in (report.error or "")
+        assert old_key not in (report.error or "")
+    renewed = SupabaseRemote(world.proxy.url, stack.secret_key)
+    world.flusher = world.flusher_for(renewed)
+    world.recover()
+    renewed.close()
 
 
 def test_a_column_renamed_in_the_outage_holds_what_names_it_and_nothing_else(world: World):
@@ -218,6 +263,31 @@ def test_a_missing_rpc_stops_with_schema_until_it_is_there(world: World):
     finally:
         world.run(batch.sql)
     world.recover()
+
+
+def test_a_server_of_another_protocol_stops_with_schema_until_it_fits(world: World):
+    [batch] = [item for item in load_migrations() if item.name.startswith("009_")]
+    older = batch.sql.replace("is distinct from '1'", "is distinct from '0'")
+    assert older != batch.sql
+    world.run(older)
+    try:
+        through(world, "schema")
+    finally:
+        world.run(batch.sql)
+    world.recover()
+
+
+def test_a_column_dropped_in_the_outage_holds_what_names_it_until_it_is_back(world: World):
+    world.run("alter table sessions drop column client")
+    try:
+        named = Update("sessions", world.sessions[0], {"client": {"n": 1}})
+        world.store.write([named], user_id=USER)
+        world.write()
+        report = world.pass_once()
+        assert (report.applied, report.held, report.rejected) == (1, 2, 0)
+    finally:
+        world.run("alter table sessions add column client jsonb")
+    world.recover(writes=2 * len(world.sessions) + 1)
 
 
 def restart_postgres(stack: LocalSupabase) -> None:
