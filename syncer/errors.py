@@ -5,6 +5,7 @@ SyncError(message, hint)
 ├─ NotSent                    it did not happen: retry freely
 │   ├─ RemoteUnavailable      Supabase can't be reached or says it is down
 │   └─ Throttled              asked to wait `retry_after_s`
+│       └─ TookTooLong        given up at the statement timeout; less may fit
 ├─ OutcomeUnknown             it may have happened: resend the same ids
 │   ├─ ReplyTimedOut          no reply in time
 │   └─ ReplyUnreadable        a reply that is no answer
@@ -56,6 +57,10 @@ class Throttled(NotSent):
     def __init__(self, message: str, *, retry_after_s: float | None = None, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.retry_after_s = retry_after_s
+
+
+class TookTooLong(Throttled):
+    """The server gave the call up at its statement timeout. Less at once may fit."""
 
 
 class OutcomeUnknown(SyncError):

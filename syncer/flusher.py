@@ -41,6 +41,7 @@ from syncer.errors import (
     ProtocolMismatch,
     SyncError,
     Throttled,
+    TookTooLong,
 )
 from syncer.remote import Remote, SupabaseRemote
 from syncer.settings import Settings
@@ -49,6 +50,9 @@ Stopped = Literal["empty", "budget", "outage", "auth", "schema"]
 
 BEHIND_PARKED_S = 1.0  # until what precedes it is parked, which is on its way
 SPOILT_RETRY_S = 3_600.0  # what spoils every call is tried again when a limit may have been raised
+# What alone takes longer than the server allows: ten minutes of others' deliveries are worth the
+# twenty seconds of another try, and an overload has often passed by then.
+SLOW_RETRY_S = 600.0
 TURN_WAIT_S = 0.2  # about one batch: another process is flushing the folder
 
 
@@ -140,6 +144,7 @@ class Flusher:
         self._breaker = Breaker(interval_s=self._limits.breaker_interval_s)
         self._pace = Pace(limit_max=self._limits.batch_ops_max)
         self._after_user = ""
+        self._slow: set[str] = set()  # transactions that took too long alone: sent alone from then
 
     @classmethod
     def from_settings(cls, store: LocalStore, settings: Settings | None = None) -> Flusher:
@@ -186,6 +191,7 @@ class Flusher:
                 verdicts = self._remote.apply_batch(batch)
                 self._breaker = self._breaker.after_success()
                 self._pace = self._pace.after_success(len(batch.transactions))
+                self._slow.difference_update(verdict.txn_id for verdict in verdicts)
                 report = _tally(report, verdicts)
                 found = self._settle(batch.transactions, verdicts)
                 parks += found.refused
@@ -206,7 +212,8 @@ class Flusher:
         )
         undecided = [item for item in due.transactions if needs_person(item)]
         sendable = [item for item in due.transactions if not needs_person(item)]
-        chosen = choose(sendable, self._limits.batch_ops_max)
+        slow = [item for item in sendable if item.txn_id in self._slow]
+        chosen = choose(slow[:1] or sendable, self._limits.batch_ops_max)
         return Batch(due.log_id, due.acknowledged_seq, chosen), undecided
 
     # -- what a reply asks for --
@@ -308,10 +315,23 @@ class Flusher:
             asked_s = honoured_retry_after_s(error.retry_after_s, self._limits.retry)
             delay_s = max(delay_s, asked_s)
             self._pace = self._pace.after_throttle(sent)
+        if isinstance(error, TookTooLong) and len(batch.transactions) == 1:
+            report = self._set_aside(batch.transactions[0], error, report)
         self._breaker = self._breaker.after_failure(now, delay_s)
         if self.breaker != "closed":
             self._pace = self._pace.after_outage()
         return replace(report, stopped="outage", error=told)
+
+    def _set_aside(
+        self, slow: PendingTransaction, error: TookTooLong, report: FlushReport
+    ) -> FlushReport:
+        """Let the others go on without the one that is too slow by itself; it is tried again."""
+        self._slow.add(slow.txn_id)
+        self._pace = self._pace.after_culprit()
+        evidence = evidence_of(Verdict(slow.txn_id, "held", message=str(error)))
+        held = Outcome(slow.txn_id, "held", reply=evidence, retry_after_s=SLOW_RETRY_S)
+        self._store.record([held])
+        return replace(report, held=report.held + 1)
 
     def _split(self, batch: Batch, error: BatchTooLarge, report: FlushReport) -> FlushReport:
         """Halve the next batch until the one transaction that spoils the call stands alone."""

@@ -22,9 +22,10 @@ from syncer.errors import (
     ReplyUnreadable,
     SyncError,
     Throttled,
+    TookTooLong,
 )
 
-FailureClass = Literal["outage", "unknown", "late", "transient", "auth", "schema", "split"]
+FailureClass = Literal["outage", "unknown", "late", "transient", "slow", "auth", "schema", "split"]
 Signal = Literal["exception", "code", "prefix", "status", "status_range"]
 
 RANGE_WIDTH = 100  # `status_range` 300 stands for 300–399
@@ -85,7 +86,7 @@ TABLE: tuple[Line, ...] = (
     Line("code", "40001", "transient", "serialisation failure"),
     Line("code", "40P01", "transient", "deadlock"),
     Line("code", "55P03", "transient", "a lock wasn't to be had"),
-    Line("code", "57014", "transient", "statement timeout: a smaller batch may fit"),
+    Line("code", "57014", "slow", "statement timeout: a smaller batch may fit"),
     Line("code", "42501", "auth", "the call itself isn't allowed: the wrong key"),
     Line("code", "42P01", "schema", "a table of the RPC isn't there"),
     Line("code", "42703", "schema", "a column of the RPC isn't there"),
@@ -117,6 +118,7 @@ PROVES: dict[FailureClass, str] = {
     "unknown": "nothing",
     "late": "nothing",
     "transient": "not done",
+    "slow": "not done",
     "auth": "not done",
     "schema": "not done",
     "split": "not done",
@@ -185,6 +187,8 @@ def _error(kind: FailureClass, told: str, retry_after_s: float | None) -> SyncEr
             return ReplyTimedOut(told, hint="the outcome is unknown; the same ids are resent")
         case "transient":
             return Throttled(told, retry_after_s=retry_after_s, hint="will be retried")
+        case "slow":
+            return TookTooLong(told, retry_after_s=retry_after_s, hint="smaller batches are tried")
         case "auth":
             return NotAuthorized(
                 told, hint="check SUPABASE_URL and SUPABASE_SECRET_KEY (the secret key it must be)"

@@ -30,6 +30,7 @@ from syncer.errors import (
     ReplyUnreadable,
     SyncError,
     Throttled,
+    TookTooLong,
 )
 from syncer.flusher import FlushReport
 from syncer.service.health import Health, SyncState
@@ -46,6 +47,7 @@ MISMATCHES = ("lost", "duplicated", "content_mismatch")
 _ERRORS = (
     RemoteUnavailable,
     Throttled,
+    TookTooLong,
     ReplyTimedOut,
     ReplyUnreadable,
     NotAuthorized,

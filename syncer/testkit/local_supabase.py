@@ -223,14 +223,13 @@ class LocalSupabase:
         `user_token` again.
         """
         secret = secrets.token_hex(32)
-        keys = {
-            "anon_key": _api_key("anon", secret),
-            "secret_key": _api_key("service_role", secret),
-        }
-        self._state = replace(self._state, jwt_secret=secret, **keys)
-        _write_private(self.folder / "state.json", json.dumps(asdict(self._state)))
         self.jwt_secret = secret
-        self.anon_key, self.secret_key = keys["anon_key"], keys["secret_key"]
+        self.anon_key = _api_key("anon", secret)
+        self.secret_key = _api_key("service_role", secret)
+        self._state = replace(
+            self._state, jwt_secret=secret, anon_key=self.anon_key, secret_key=self.secret_key
+        )
+        _write_private(self.folder / "state.json", json.dumps(asdict(self._state)))
         self._gateway.end()
         self.stop_postgrest()
         self.start_postgrest()

@@ -18,6 +18,7 @@ from syncer.errors import (
     ReplyUnreadable,
     SyncError,
     Throttled,
+    TookTooLong,
 )
 from syncer.remote import SupabaseRemote
 from syncer.testkit.faults import BlackHole, Cut, Refuse, canned
@@ -87,7 +88,7 @@ def test_a_code_from_postgres_arrives_through_postgrest_as_its_class(
 
 
 def test_a_statement_timeout_asks_for_less(remote: SupabaseRemote):
-    with pytest.raises(Throttled, match="57014"):
+    with pytest.raises(TookTooLong, match="57014"):
         remote.operate("sleep_v1", {})
 
 

@@ -15,8 +15,9 @@ import psycopg
 import pytest
 
 from local_store import Column, Insert, TableSpec, Update
-from local_store.clock import new_id
+from local_store.clock import ManualClock, new_id
 from syncer import operators
+from syncer.flusher import SLOW_RETRY_S
 from syncer.sessions.tables import SESSION_TABLES
 from syncer.testkit import BufferedApp
 
@@ -86,6 +87,31 @@ def test_one_poison_in_a_batch_of_500_is_alone_and_can_be_mended(
     assert sql.execute("select revision_count from sessions where id = %s", (bad_id,)).fetchone()
     assert sql.execute("select count(*) from sessions").fetchone() == (BATCH - 2,)
     assert app.audit().balanced
+
+
+def test_one_that_always_runs_into_the_statement_timeout_delays_nobody_and_is_not_refused(
+    buffered_store, sql
+):
+    clock = ManualClock()
+    app = buffered_store(TABLES, clock=clock)
+    sql.execute(
+        "create function public.endless() returns trigger language plpgsql as"
+        " $$ begin if new.metadata ? 'endless' then raise using errcode = '57014'; end if;"
+        " return new; end $$;"
+        "create trigger endless before insert on sessions for each row execute function endless()"
+    )
+    try:
+        slow = write(app, Insert("sessions", {"metadata": {"endless": 1}}))
+        others = [write(app, Insert("sessions", {"metadata": {"n": n}})) for n in range(100)]
+        others.append(write(app, Insert("sessions", {}), user=STRANGER))
+        app.drain()
+        assert {app.store.state(txn_id) for txn_id in others} == {"applied"}
+        assert app.store.state(slow) == "held"
+    finally:
+        sql.execute("drop function public.endless() cascade")
+    clock.advance(SLOW_RETRY_S)
+    app.drain()
+    assert app.store.state(slow) == "applied"
 
 
 def test_a_row_id_of_somebody_else_is_refused_without_telling_whose(app, buffered_store):

@@ -31,6 +31,7 @@ from syncer.errors import (
     ReplyUnreadable,
     SyncError,
     Throttled,
+    TookTooLong,
 )
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -45,7 +46,8 @@ REPLIES: list[tuple[FailedReply, type[SyncError]]] = [
     (FailedReply(400, "0A000", "cannot execute INSERT during recovery"), RemoteUnavailable),
     (FailedReply(405, "25006"), RemoteUnavailable),
     (FailedReply(503, "53300"), Throttled),
-    *[(FailedReply(500, code), Throttled) for code in ("40001", "40P01", "55P03", "57014")],
+    *[(FailedReply(500, code), Throttled) for code in ("40001", "40P01", "55P03")],
+    (FailedReply(500, "57014"), TookTooLong),
     (FailedReply(403, "42501"), NotAuthorized),
     *[(FailedReply(404, code), ProtocolMismatch) for code in ("42P01", "42703", "42883")],
     (FailedReply(400, "SYP01"), ProtocolMismatch),

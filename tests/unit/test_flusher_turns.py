@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from local_store import Insert
 from local_store.clock import ManualClock, new_id
-from syncer.errors import BatchTooLarge, RemoteUnavailable
+from syncer.errors import BatchTooLarge, RemoteUnavailable, TookTooLong
 from syncer.flusher import Flusher, FlushLimits, drain
 from tests.simulation.remote_model import RemoteModel
 from tests.unit.test_flusher import (  # noqa: F401  fixtures
@@ -121,6 +121,43 @@ def test_what_cannot_even_be_handed_over_is_kept_here_and_delays_nobody(store, s
     assert all(("notes", row_id) in spoilt.rows for row_id in good)
     assert store.state(spoiler) == "dead"
     assert store.reply(spoiler)["message"]
+
+
+def test_what_is_too_slow_by_itself_is_set_aside_and_tried_alone_until_it_fits(
+    store, server, clock
+):
+    slow = store.write([Insert("notes", {"text": "slow"})], user_id=USER)
+    behind = note(store, "same author")
+    theirs = note(store, "another author", user=OTHER)
+    batches, too_slow = [], [True]
+
+    class Slow(RemoteModel):
+        def apply(self, p_batch):
+            batches.append([t["txn_id"] for t in p_batch["transactions"]])
+            if too_slow and slow.txn_id in batches[-1]:
+                raise TookTooLong("57014")
+            return super().apply(p_batch)
+
+    server = Slow(server.tables)
+    flusher = Flusher(store, server, clock=clock, jitter=lambda: 0.5)
+    for _ in range(20):
+        flusher.flush_once()
+        clock.advance(5)
+    assert {("notes", behind), ("notes", theirs)} <= set(server.rows)
+    assert store.state(slow.txn_id) == "held"
+    assert store.reply(slow.txn_id)["message"]
+    clock.advance(600)
+    later = note(store, "later")
+    before = len(batches)
+    for _ in range(4):
+        flusher.flush_once()
+        clock.advance(5)
+    assert batches[before:][0] == [slow.txn_id], "it spoils nobody else's batch a second time"
+    assert ("notes", later) in server.rows
+    too_slow.clear()
+    clock.advance(600)
+    assert drain(flusher, clock, budget_s=10).applied == 1
+    assert store.stats()["pending"] == 0
 
 
 def test_an_outage_while_handing_over_keeps_the_transaction_pending(store, server, clock):
