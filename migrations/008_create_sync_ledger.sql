@@ -111,10 +111,14 @@ create table if not exists sync.conflicts (
   resolution text,
   resolved_at timestamptz,
   constraint conflicts_outcome check (outcome in ('merged', 'remote', 'local', 'manual', 'deleted')),
-  constraint conflicts_resolution check (resolution in ('mine', 'theirs', 'edited', 'discarded')),
-  -- One record per row and outcome of a transaction, however often it is delivered.
-  constraint conflicts_once unique (txn_id, user_id, table_name, row_id, outcome)
+  constraint conflicts_resolution check (resolution in ('mine', 'theirs', 'edited', 'discarded'))
 );
+-- One record per row and outcome of a transaction, however often it is delivered. What a person has
+-- decided is history: when the same row is met again after that, it is another conflict.
+alter table sync.conflicts drop constraint if exists conflicts_once;
+create unique index if not exists idx_conflicts_once
+  on sync.conflicts (txn_id, user_id, table_name, row_id, outcome) where resolved_at is null;
+create index if not exists idx_conflicts_txn on sync.conflicts (txn_id);
 create index if not exists idx_conflicts_open on sync.conflicts (recorded_at)
   where outcome = 'manual' and resolved_at is null;
 

@@ -280,6 +280,21 @@ language sql stable set search_path = '' as $$
           where p.txn_id = sync.successor_of(p_txn_id) and p.state <> 'superseded'))
 $$;
 
+-- The transaction as it is looked at: behind an edit that still waits instead of behind what that
+-- edit replaced.
+create or replace function sync.with_successors(p_transaction jsonb) returns jsonb
+language sql stable set search_path = '' as $$
+  select p_transaction || coalesce((
+    select jsonb_build_object('after', jsonb_agg(coalesce(x.successor, x.a) order by x.n))
+    from (
+      select a, n, (select to_jsonb(p.txn_id) from sync.ledger l
+          join sync.parked p on p.txn_id = sync.successor_of(l.txn_id) and p.state <> 'superseded'
+        where l.txn_id = (a #>> '{}')::uuid and l.replaced_by is not null
+          and l.user_id = (p_transaction ->> 'user_id')::uuid limit 1) as successor
+      from jsonb_array_elements(p_transaction -> 'after') with ordinality y (a, n)) x
+    having bool_or(x.successor is not null)), '{}')
+$$;
+
 -- The predecessor that a transaction must wait for; null when all have been applied or have come to
 -- nothing. A delete doesn't wait for what is parked: that work is superseded by it.
 create or replace function sync.blocker_of(p_transaction jsonb) returns text
@@ -352,7 +367,7 @@ create or replace function sync.record_conflicts(
       r -> 'base', r -> 'mine', r -> 'theirs', r ->> 'theirs_version',
       coalesce(r ->> 'policy', 'merge'), r ->> 'outcome', r ->> 'note', (r ->> 'through')::uuid
     from jsonb_array_elements(coalesce(p_records, '[]')) r
-    on conflict on constraint conflicts_once do nothing
+    on conflict (txn_id, user_id, table_name, row_id, outcome) where resolved_at is null do nothing
 $$;
 
 -- What follows from an effect: deleted rows take parked work of their author with them, rows that
@@ -416,6 +431,7 @@ begin
     return jsonb_build_object('verdict', 'rejected', 'sqlstate', 'SYT02',
       'message', 'this seq of the log was used by another transaction');
   end if;
+  p_transaction := sync.with_successors(p_transaction);
   v_blocker := sync.blocker_of(p_transaction);
   if v_blocker is not null then
     return jsonb_build_object('verdict', 'held', 'blocked_by', v_blocker);

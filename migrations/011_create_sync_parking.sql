@@ -57,7 +57,7 @@ create or replace function sync.park_one(
   p_log_id uuid, p_floor bigint, p_park jsonb
 ) returns jsonb language plpgsql set search_path = '' as $$
 declare
-  v_item constant jsonb := p_park -> 'transaction';
+  v_item constant jsonb := sync.with_successors(p_park -> 'transaction');
   v_seq constant bigint := (v_item ->> 'seq')::bigint;
   v_known jsonb := sync.known(p_log_id, v_item, false);
 begin
@@ -443,16 +443,28 @@ begin
   return p_op || jsonb_build_object('kind', 'update', 'base', p_version, 'values', v_values);
 end $$;
 
--- Decide one record of a parked transaction; returns the item as it goes on.
+-- Decide one record of a parked transaction; returns the item as it goes on. An op that is left out
+-- takes its `before` along: they stand beside each other. Where it is mine, the transaction stands on
+-- their version from now on (`met`, 013): what waits behind it on another ground must meet the row by
+-- itself, because the person decided about this change and not about those.
 create or replace function sync.decide(
   p_item jsonb, p_record sync.conflicts, p_choice text
 ) returns jsonb language plpgsql set search_path = '' as $$
 declare
   v_ops jsonb := '[]';
+  v_before jsonb := '[]';
+  v_met jsonb := '{}';
   v_op jsonb;
+  v_n int;
 begin
-  for v_op in select o from jsonb_array_elements(p_item -> 'ops') o loop
+  for v_op, v_n in
+    select o, n from jsonb_array_elements(p_item -> 'ops') with ordinality x (o, n)
+  loop
     if v_op ->> 'table' = p_record.table_name and v_op ->> 'id' = p_record.row_id then
+      if p_choice = 'mine' then
+        v_met := jsonb_build_object(p_record.table_name || '/' || p_record.row_id,
+          p_record.theirs_version);
+      end if;
       if p_choice = 'mine' and v_op ->> 'kind' <> 'insert' then
         v_op := v_op || jsonb_build_object('base', p_record.theirs_version);
       elsif p_choice = 'mine' then  -- there is a row: mine goes over it
@@ -465,8 +477,10 @@ begin
       end if;
     end if;
     v_ops := v_ops || jsonb_build_array(v_op);
+    v_before := v_before || jsonb_build_array(p_item -> 'before' -> (v_n - 1));
   end loop;
-  return p_item || jsonb_build_object('ops', v_ops);
+  return p_item || jsonb_build_object(
+    'ops', v_ops, 'before', v_before, 'met', coalesce(p_item -> 'met', '{}') || v_met);
 end $$;
 
 -- After `theirs` or an edited row: waiting transactions that the record covers lose the columns too. One that the
@@ -552,7 +566,9 @@ begin
     v_parked := sync.replace_parked(
       v_parked, (p ->> 'new_txn_id')::uuid, p ->> 'digest', v_item);
   else
-    update sync.parked q set item = v_item where q.log_id = v_parked.log_id and q.seq = v_parked.seq;
+    -- A row that it doesn't write any more has no say in what becomes of the rest.
+    update sync.parked q set item = v_item, keys = sync.keys_for(v_item -> 'ops')
+      where q.log_id = v_parked.log_id and q.seq = v_parked.seq;
   end if;
   v_results := sync.retry_one(v_parked.log_id, v_parked.seq, v_results);
   -- A row that moved again has a newer record in the old one's place by now, and is still undecided.

@@ -6,18 +6,15 @@ row" and filled in from what the asked server itself produced. Everything else i
 
 from __future__ import annotations
 
-import random
-import uuid
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from local_store.door import digest_of
 from local_store.ops import Row, WireOp
 from syncer.errors import ProtocolMismatch
 
 ACCEPTED_AT = "2026-01-01T00:00:00.000000+00:00"
-STATUSES = ("active", "finalized", "abandoned")
 
 
 class Server(Protocol):
@@ -37,6 +34,16 @@ class Server(Protocol):
 
     def discard(self, txn_ids: Sequence[str]) -> list[Row]:
         """Give parked transactions up."""
+        ...
+
+    def edit_parked(
+        self, txn_id: str, values: Mapping[str, Row], new_txn_id: str, digest: str
+    ) -> list[Row]:
+        """Replace a parked transaction by one with other values of some rows (`table/id`)."""
+        ...
+
+    def resolve(self, txn_id: str, name: str, choice: Any, **edited: Any) -> list[Row]:
+        """Decide a conflict record of a row, and the others of its transaction."""
         ...
 
     def edit(self, table: str, row_id: str, **values: Any) -> None:
@@ -105,14 +112,22 @@ class Parking:
     log_id: str
     transaction: SymbolicTransaction
     state: str
+    columns: tuple[tuple[str, ...], ...] = ()
+    """By op, the columns that its conflict record names; none: no record."""
+    through: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
     """A person decides about a transaction, whether it is parked or not."""
 
-    action: Literal["retry", "discard"]
+    action: Literal["retry", "discard", "edit", "mine", "theirs", "edited"]
     txn_id: str
+    name: str = ""
+    """The row that is decided about."""
+    values: Row = field(default_factory=dict)
+    """By row, what a person writes instead."""
+    new_txn_id: str = ""
 
 
 Step = Call | Parking | Edit | Decision
@@ -150,9 +165,28 @@ class Asked:
             },
             "state": parking.state,
             "blocked_by": next(iter(parking.transaction.after), None),
+            "records": list(self._records(parking, transaction["ops"])),
         }
         asked = {"log_id": parking.log_id, "acknowledged_seq": 0, "parks": [park]}
         return self.server.take(asked)["verdicts"]
+
+    def _records(self, parking: Parking, ops: Sequence[Row]) -> Iterator[Row]:
+        """Yield what a container that met the rows just now would have recorded."""
+        for op, columns in zip(ops, parking.columns, strict=False):
+            if not columns:
+                continue
+            row = self.server.row(op["table"], op["id"])
+            yield {
+                "table": op["table"],
+                "id": op["id"],
+                "columns": list(columns),
+                "mine": {name: _part_of(op["values"], name) for name in columns},
+                "theirs": row and {name: _part_of(row, name) for name in columns},
+                "theirs_version": self.server.version(op["table"], op["id"]),
+                "policy": "merge",
+                "outcome": "manual",
+                "through": parking.through,
+            }
 
     def _before(self, op: Row) -> Row | None:
         """Return what an op replaces, as if its author had read the row just now."""
@@ -162,14 +196,28 @@ class Asked:
     def decide(self, decision: Decision) -> list[Row]:
         """Decide as a person does; returns the results, none where there is nothing to decide."""
         try:
-            results = getattr(self.server, decision.action)([decision.txn_id])
+            results = self._decided(decision)
         except ProtocolMismatch:
             return []
         for result in results:
-            if result["verdict"] == "applied":
-                for key, version in result["versions"].items():
-                    self._remember(key, version)
+            for key in result["versions"] if result["verdict"] == "applied" else ():
+                self._remember(key, self.server.version(*key.split("/", 1)))
         return results
+
+    def _decided(self, decision: Decision) -> list[Row]:
+        txn_id, digest = decision.txn_id, hashlib.sha256(decision.new_txn_id.encode()).hexdigest()
+        if decision.action in ("retry", "discard"):
+            return getattr(self.server, decision.action)([txn_id])
+        if decision.action == "edit":
+            return self.server.edit_parked(txn_id, decision.values, decision.new_txn_id, digest)
+        more: Row = {}
+        if decision.action == "edited":
+            more = {
+                "row": decision.values[decision.name],
+                "new_txn_id": decision.new_txn_id,
+                "digest": digest,
+            }
+        return self.server.resolve(txn_id, decision.name, decision.action, **more)
 
     def edit(self, edit: Edit) -> None:
         """Change a row from outside and remember its new version."""
@@ -210,197 +258,13 @@ class Asked:
         return version or "2001-01-01T00:00:00+00:00"
 
 
-class Generator:
-    """Makes random steps from a seed, steered so that every verdict is frequent.
-
-    It keeps a rough idea of which rows exist; being wrong only makes the step more interesting.
-    """
-
-    def __init__(self, seed: int, users: int = 2, logs: int = 2) -> None:
-        self._dice = random.Random(seed)
-        self._users = [self._uuid() for _ in range(users)]
-        self._logs = [self._uuid() for _ in range(logs)]
-        self._seq = dict.fromkeys(self._logs, 0)
-        self._sessions: dict[str, str] = {}
-        self._versions: dict[str, int] = {}
-        self._revisions: dict[str, tuple[str, str]] = {}
-        self._sent: list[tuple[str, SymbolicTransaction]] = []
-        self._parked: list[str] = []
-        self._last: dict[str, str] = {}  # by row, the last transaction that changed it
-
-    def steps(self, count: int) -> list[Step]:
-        """Return `count` steps."""
-        return [self._step() for _ in range(count)]
-
-    def _step(self) -> Step:
-        if self._sessions and self._dice.random() < 0.12:
-            session = self._dice.choice(sorted(self._sessions))
-            self._versions[session] = self._versions.get(session, 0) + 1
-            return Edit("sessions", session, {"metadata": {"outside": self._dice.randrange(10**6)}})
-        if self._sent and self._dice.random() < 0.2:
-            sender, transaction = self._dice.choice(self._sent[-8:])
-            if self._dice.random() < 0.4:  # one that never took effect
-                transaction = self._transaction(sender)
-            state = "held" if transaction.after else self._dice.choice(("dead", "conflict"))
-            self._parked.append(transaction.txn_id)
-            return Parking(sender, transaction, state)
-        if self._parked and self._dice.random() < 0.12:
-            action: Literal["retry", "discard"] = self._dice.choice(["retry", "discard"])
-            return Decision(action, self._dice.choice(self._parked[-6:]))
-        log_id = self._dice.choice(self._logs)
-        size = self._dice.choice((1, 1, 2, 3, 5))
-        return Call(log_id, tuple(self._transaction(log_id) for _ in range(size)))
-
-    def _transaction(self, log_id: str) -> SymbolicTransaction:
-        if self._sent and self._dice.random() < 0.15:
-            return self._again(log_id)
-        user = self._dice.choice(self._users)
-        self._seq[log_id] += 1
-        ops: list[SymbolicOp] = []
-        touched: set[str] = set()
-        for _ in range(self._dice.choice((0, 1, 1, 1, 2, 3))):
-            made = self._op(user, touched)
-            if made is not None:
-                ops.append(made)
-        after: tuple[str, ...] = ()
-        if self._dice.random() < 0.2:
-            ops, after = self._follow(ops)
-        elif self._sent and self._dice.random() < 0.15:
-            after = (self._dice.choice(self._sent)[1].txn_id,)
-        elif self._dice.random() < 0.04:
-            after = (self._uuid(),)
-        transaction = SymbolicTransaction(
-            self._uuid(),
-            self._seq[log_id],
-            user,
-            digest_of([symbolic.op for symbolic in ops]),
-            tuple(ops),
-            after,
-            # Rows that a merge put on other ground, so that chains break there.
-            {key: "merged" for key in map(_key, ops) if self._dice.random() < 0.15},
-        )
-        self._sent.append((log_id, transaction))
-        self._last |= {key: transaction.txn_id for key in map(_key, ops)}
-        return transaction
-
-    def _follow(self, ops: list[SymbolicOp]) -> tuple[list[SymbolicOp], tuple[str, ...]]:
-        """Let ops build on the last change that was sent of their rows."""
-        after: dict[str, None] = {}
-        followed = list(ops)
-        for index, symbolic in enumerate(ops):
-            last = self._last.get(_key(symbolic))
-            if symbolic.base is not None and last is not None:
-                followed[index] = SymbolicOp(symbolic.op, Base(literal="chained"))
-                after[last] = None
-        return followed, tuple(after)
-
-    def _again(self, log_id: str) -> SymbolicTransaction:
-        """Resend an earlier transaction: as it was, or with something about it forged."""
-        _, earlier = self._dice.choice(self._sent)
-        kind = self._dice.choice(("same", "same", "same", "digest", "user", "seq"))
-        fields = {name: getattr(earlier, name) for name in earlier.__slots__}
-        if kind == "digest":
-            fields["digest"] = "0" * 64
-        elif kind == "user":
-            fields["user_id"] = self._dice.choice(self._users)
-        elif kind == "seq":
-            fields["txn_id"] = self._uuid()
-        return SymbolicTransaction(**fields)
-
-    def _op(self, user: str, touched: set[str]) -> SymbolicOp | None:
-        makers: list[Callable[[str, set[str]], SymbolicOp | None]] = [
-            self._insert_session,
-            self._insert_session,
-            self._update_session,
-            self._update_session,
-            self._update_session,
-            self._delete_session,
-            self._insert_revision,
-            self._insert_revision,
-            self._update_revision,
-        ]
-        return self._dice.choice(makers)(user, touched)
-
-    def _insert_session(self, user: str, touched: set[str]) -> SymbolicOp:
-        again = self._sessions and self._dice.random() < 0.08
-        row_id = self._dice.choice(sorted(self._sessions)) if again else self._uuid()
-        self._sessions.setdefault(row_id, user)
-        touched.add(row_id)
-        values: Row = {"status": "active", "source": "prompt", "metadata": self._metadata()}
-        if self._dice.random() < 0.06:
-            values["status"] = "bogus"
-        return SymbolicOp(WireOp("sessions", "insert", row_id, values))
-
-    def _update_session(self, user: str, touched: set[str]) -> SymbolicOp | None:
-        row_id = self._pick_session(user)
-        if row_id is None:
-            return None
-        values: Row = {}
-        if self._dice.random() < 0.5:
-            values["status"] = self._dice.choice(STATUSES)
-        if not values or self._dice.random() < 0.5:
-            values["metadata"] = self._metadata()
-        poison = self._dice.random()
-        if poison < 0.05:
-            values["status"] = "bogus"
-        elif poison < 0.08:
-            values["metadata"] = None
-        op = WireOp("sessions", "update", row_id, values)
-        base = self._choose_base(row_id, touched)
-        touched.add(row_id)
-        return SymbolicOp(op, base)
-
-    def _delete_session(self, user: str, touched: set[str]) -> SymbolicOp | None:
-        row_id = self._pick_session(user)
-        if row_id is None or self._dice.random() < 0.4:
-            return None
-        base = self._choose_base(row_id, touched)
-        touched.add(row_id)
-        return SymbolicOp(WireOp("sessions", "delete", row_id, {}), base)
-
-    def _insert_revision(self, user: str, touched: set[str]) -> SymbolicOp | None:
-        session = self._pick_session(user) or self._uuid()
-        if self._dice.random() < 0.08:
-            session = self._uuid()
-        row_id = self._uuid()
-        self._revisions[row_id] = (user, session)
-        touched.add(row_id)
-        values: Row = {"session_id": session, "content": "text", "revision_type": "initial"}
-        poison = self._dice.random()
-        if poison < 0.04:
-            values["content"] = None
-        elif poison < 0.08:
-            values["revision_type"] = "bogus"
-        return SymbolicOp(WireOp("session_revisions", "insert", row_id, values))
-
-    def _update_revision(self, user: str, touched: set[str]) -> SymbolicOp | None:
-        mine = [row for row, (owner, _) in self._revisions.items() if owner == user]
-        if not mine:
-            return None
-        row_id = self._dice.choice(mine)
-        base = self._choose_base(row_id, touched)
-        touched.add(row_id)
-        values = {"content": f"edited {self._dice.randrange(10**6)}"}
-        return SymbolicOp(WireOp("session_revisions", "update", row_id, values), base)
-
-    def _pick_session(self, user: str) -> str | None:
-        mine = [row for row, owner in self._sessions.items() if owner == user]
-        everyones = list(self._sessions)
-        pool = everyones if self._dice.random() < 0.07 else mine
-        return self._dice.choice(pool) if pool else None
-
-    def _choose_base(self, row_id: str, touched: set[str]) -> Base:
-        if row_id in touched:
-            return Base(literal="chained")
-        # A far index means "the newest the server has told of"; a small one is usually stale.
-        return Base(index=0 if self._dice.random() < 0.2 else 10**6)
-
-    def _metadata(self) -> Row:
-        return {"n": self._dice.randrange(10**6)}
-
-    def _uuid(self) -> str:
-        return str(uuid.UUID(int=self._dice.getrandbits(128), version=4))
-
-
-def _key(symbolic: SymbolicOp) -> str:
+def key_of(symbolic: SymbolicOp) -> str:
+    """Return `table/id` of the row that an op changes."""
     return f"{symbolic.op.table}/{symbolic.op.id}"
+
+
+def _part_of(row: Row, name: str) -> Any:
+    """Return a column, or a key of a document, as records name them."""
+    column, _, key = name.partition(".")
+    found = row.get(column)
+    return (found or {}).get(key) if key else found

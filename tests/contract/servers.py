@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psycopg
@@ -43,6 +43,33 @@ class PostgresServer:
     def discard(self, txn_ids: Sequence[str]) -> list[Row]:
         """Give parked transactions up."""
         return self._call("sync_discard_v1", {"txn_ids": list(txn_ids)})["results"]
+
+    def edit_parked(
+        self, txn_id: str, values: Mapping[str, Row], new_txn_id: str, digest: str
+    ) -> list[Row]:
+        """Replace a parked transaction by one with other values of some rows (`table/id`)."""
+        listed = self._call("sync_list_parked_v1", {"txn_ids": [txn_id], "full": True})["parked"]
+        ops = listed[0]["item"]["ops"] if listed else []
+        asked = {
+            "txn_id": txn_id,
+            "new_txn_id": new_txn_id,
+            "digest": digest,
+            "ops": [
+                {**op, "values": values.get(f"{op['table']}/{op['id']}", op["values"])}
+                for op in ops
+            ],
+        }
+        return self._call("sync_edit_v1", asked)["results"]
+
+    def resolve(self, txn_id: str, name: str, choice: str, **edited: Any) -> list[Row]:
+        """Decide a conflict record of a row, and the others of its transaction."""
+        found = self._call("sync_list_conflicts_v1", {"txn_ids": [txn_id], "open": True})
+        records = [r for r in found["conflicts"] if f"{r['table']}/{r['row_id']}" == name]
+        if not records:
+            raise ProtocolMismatch(f"nothing to decide: {txn_id} {name}")
+        return self._call("sync_resolve_v1", {"id": records[0]["id"], "choice": choice, **edited})[
+            "results"
+        ]
 
     def _call(self, function: str, argument: Row) -> Row:
         statement = sql.SQL("select public.{}(%s) as reply").format(sql.Identifier(function))
@@ -94,12 +121,26 @@ class PostgresServer:
         ).fetchall()
         return {row.pop("id"): row for row in found}
 
-    def ledger(self) -> set[tuple[str, int]]:
-        """Return (txn_id, seq) of every ledger row."""
+    def ledger(self) -> dict[str, int]:
+        """Return the seq of every transaction in the ledger."""
         found = self._connection.execute("select txn_id::text, seq from sync.ledger").fetchall()
-        return {(row["txn_id"], row["seq"]) for row in found}
+        return {row["txn_id"]: row["seq"] for row in found}
 
-    def parked(self) -> dict[str, str]:
-        """Return the state of every parked transaction."""
-        found = self._connection.execute("select txn_id::text, state from sync.parked").fetchall()
-        return {row["txn_id"]: row["state"] for row in found}
+    def parked(self) -> dict[str, tuple[str, Row]]:
+        """Return the state and the content of every parked transaction."""
+        found = self._connection.execute(
+            "select txn_id::text, state, item from sync.parked"
+        ).fetchall()
+        return {row["txn_id"]: (row["state"], row["item"]) for row in found}
+
+    def records(self) -> dict[tuple[str, str, str, str], list[tuple[list[str], str | None]]]:
+        """Return the columns and resolutions of every conflict record."""
+        found = self._connection.execute(
+            "select txn_id::text, table_name, row_id, outcome, columns, resolution"
+            " from sync.conflicts order by recorded_at"
+        ).fetchall()
+        records: dict[tuple[str, str, str, str], list[tuple[list[str], str | None]]] = {}
+        for row in found:
+            key = (row["txn_id"], row["table_name"], row["row_id"], row["outcome"])
+            records.setdefault(key, []).append((row["columns"], row["resolution"]))
+        return records

@@ -17,7 +17,8 @@ from syncer.core.batch import Batch
 from syncer.core.wire import Park
 from syncer.remote import Remote, SupabaseRemote, TableRead
 from syncer.sessions.tables import SESSION_TABLES
-from tests.contract.batches import Asked, Generator
+from tests.contract.batches import Asked
+from tests.contract.generator import Generator
 from tests.contract.servers import PostgresServer
 from tests.contract.test_batch_rpc import comparable, play
 from tests.simulation.model_people import OperatedModel

@@ -20,6 +20,7 @@ class LedgerEntry:
     versions: dict[str, str | None]
     met: dict[str, str]
     verdict: str = "applied"
+    replaced_by: str | None = None
 
     def links(self) -> dict[str, tuple[str | None, str | None]]:
         """Return for each row the version it left, and what a merge had met before."""
@@ -44,3 +45,8 @@ class ParkedEntry:
             if parent is not None and op["values"].get(parent[0]) is not None:
                 found.add((parent[1], op["values"][parent[0]]))
         return found
+
+
+def is_open(record: Row) -> bool:
+    """Tell whether a record waits for a person."""
+    return record["outcome"] == "manual" and record.get("resolution") is None

@@ -1,22 +1,25 @@
-"""What people decide about parked work, in the modelled server: `sync_retry_v1`, `sync_discard_v1`.
+"""What people decide about parked work, in the modelled server: retry, discard, edit, resolve.
 
-Resolving and editing are tested on the real functions only (tests/sql/test_parking.py,
-tests/e2e/test_operators.py).
+The rules of `sync_retry_v1` and its neighbours (migration 011); a choice is made there, in
+model_decisions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from local_store.ops import Row
 from syncer.core.wire import CHAINED
 from syncer.errors import ProtocolMismatch
-from tests.simulation.model_entries import LedgerEntry, ParkedEntry
+from tests.simulation.model_decisions import Choice, covered, decided, overlap, rebased, without
+from tests.simulation.model_entries import LedgerEntry, ParkedEntry, is_open
 from tests.simulation.remote_model import RemoteModel, told
 
 TRIES = 2  # as it is, and as it was merged
-Overlap = tuple[str, ...]
+PEOPLE = "70656f70-6c65-4000-8000-000000000000"
+"""The log of what people write."""
 
 
 class OperatedModel(RemoteModel):
@@ -39,9 +42,7 @@ class OperatedModel(RemoteModel):
         """Give parked transactions up; what waited for them goes on without them."""
         results: list[Row] = []
         for txn_id in txn_ids:
-            entry = self.parked.get(txn_id)
-            if entry is None or entry.state == "superseded":
-                raise ProtocolMismatch(f"not open: {txn_id}")
+            entry = self._open(txn_id)
             self._unlink(txn_id, entry.item)
             self._discard(txn_id, entry)
             results.append({**told(entry.item), "verdict": "parked", "state": "discarded"})
@@ -53,6 +54,64 @@ class OperatedModel(RemoteModel):
             for other in self._in_order(waiting):
                 self._retry(other, results)
         return results
+
+    def edit_parked(
+        self, txn_id: str, values: Mapping[str, Row], new_txn_id: str, digest: str
+    ) -> list[Row]:
+        """Replace a parked transaction by one with other values of some rows (`table/id`)."""
+        entry = self._open(txn_id)
+        ops = [
+            {**op, "values": values.get(f"{op['table']}/{op['id']}", op["values"])}
+            for op in entry.item["ops"]
+        ]
+        self._replace(txn_id, {**entry.item, "ops": ops}, new_txn_id, digest)
+        return [{**told(self.parked[new_txn_id].item), "verdict": "parked", "state": "dead"}]
+
+    def resolve(self, txn_id: str, name: str, choice: Choice, **edited: Any) -> list[Row]:
+        """Decide the record of a row (`table/id`), and every other undecided one of its kind.
+
+        `edited`, for that choice: the `row`, its `new_txn_id` and `digest`.
+        """
+        table, _, row_id = name.partition("/")
+        named = self.records.get((txn_id, table, row_id, "manual"))
+        if named is None or not is_open(named):
+            raise ProtocolMismatch(f"nothing to decide: {txn_id} {name}")
+        if choice != "theirs" and named.get("theirs_version") is None:
+            raise ProtocolMismatch(f"the row is gone: {name}")
+        entry = self._open(txn_id)
+        item = entry.item
+        found = {k: r for k, r in self.records.items() if k[0] == txn_id and is_open(r)}
+        for record in found.values():
+            gone = record.get("theirs_version") is None
+            item = decided(item, record, "theirs" if choice == "theirs" or gone else "mine")
+            if choice != "mine":
+                self._follow(entry, record)
+                item["decided"] = [*item.get("decided", ()), f"{record['table']}/{record['id']}"]
+        tried = txn_id
+        if choice == "edited":
+            ops = [
+                {**op, "kind": "update", "values": edited["row"]}
+                if (op["table"], op["id"]) == (table, row_id)
+                else op
+                for op in item["ops"]
+            ]
+            tried = edited["new_txn_id"]
+            self._replace(txn_id, {**item, "ops": ops}, tried, edited["digest"])
+        else:
+            self.parked[txn_id] = replace(entry, item=item)
+        results: list[Row] = []
+        self._retry(tried, results)
+        for key, record in found.items():
+            now = self.records[key]
+            if now is record or not is_open(now):  # else the row has moved: undecided again
+                self.records[key] = {**now, "resolution": choice}
+        return results
+
+    def _open(self, txn_id: str) -> ParkedEntry:
+        entry = self.parked.get(txn_id)
+        if entry is None or entry.state == "superseded":
+            raise ProtocolMismatch(f"not open: {txn_id}")
+        return entry
 
     def _in_order(self, txn_ids: set[str]) -> list[str]:
         def place(txn_id: str) -> tuple[str, int]:
@@ -73,6 +132,7 @@ class OperatedModel(RemoteModel):
         results.append(verdict)
         if verdict["verdict"] in ("applied", "duplicate"):
             del self.parked[txn_id]
+            self._decide_records(txn_id, "mine")
             waiting = {
                 other
                 for other, found in self.parked.items()
@@ -96,9 +156,10 @@ class OperatedModel(RemoteModel):
             if name not in verdict["rows"]:
                 continue
             row = verdict["rows"][name]
-            columns = _overlap(op, before or {}, row)
+            columns = overlap(op, before or {}, row)
+            version = None if row is None else row[self.tables[op["table"]].version]
             if columns is None:
-                met[name] = row[self.tables[op["table"]].version]
+                met[name] = version
             else:
                 records.append(
                     {
@@ -107,13 +168,16 @@ class OperatedModel(RemoteModel):
                         "columns": list(columns),
                         "mine": {column: op["values"][column] for column in columns},
                         "theirs": {column: (row or {}).get(column) for column in columns},
+                        "theirs_version": version,
                         "outcome": "manual",
                     }
                 )
         if met and not records:
-            return _rebased(item, met)
+            return rebased(item, met)
         for record in records:
-            self.records.pop((item["txn_id"], record["table"], record["id"], "manual"), None)
+            key = (item["txn_id"], record["table"], record["id"], "manual")
+            if key in self.records and is_open(self.records[key]):
+                del self.records[key]
         self._record(item, records)
         return None
 
@@ -132,9 +196,10 @@ class OperatedModel(RemoteModel):
             changed = {**entry.item, "after": [*after, *item["after"]], "ops": ops}
             self.parked[other] = replace(entry, item=changed)
 
-    def _discard(self, txn_id: str, entry: ParkedEntry) -> None:
+    def _discard(self, txn_id: str, entry: ParkedEntry, replaced_by: str | None = None) -> None:
         item = entry.item
         del self.parked[txn_id]
+        self._decide_records(txn_id, "edited" if replaced_by else "discarded")
         if txn_id in self.ledger:  # with other content: it was refused for that
             self.aliases.setdefault((entry.log_id, item["seq"]), txn_id)
             return
@@ -146,31 +211,50 @@ class OperatedModel(RemoteModel):
             {f"{op['table']}/{op['id']}": None for op in item["ops"]},
             {},
             "discarded",
+            replaced_by,
         )
 
+    def _replace(self, txn_id: str, item: Row, new_txn_id: str, digest: str) -> None:
+        """Discard in favour of another; what waited for the old one waits for the new one."""
+        entry = self._open(txn_id)
+        self.logs[PEOPLE] = seq = self.logs.get(PEOPLE, 0) + 1
+        self._discard(txn_id, entry, new_txn_id)
+        new = {"txn_id": new_txn_id, "seq": seq, "digest": digest, "replaces": txn_id}
+        cause = {**entry.cause, "blocked_by": None}
+        self.parked[new_txn_id] = ParkedEntry(PEOPLE, {**item, **new}, "dead", cause)
+        for other, found in list(self.parked.items()):
+            if found.state == "superseded" or txn_id not in found.item["after"]:
+                continue
+            after = [new_txn_id if a == txn_id else a for a in found.item["after"]]
+            blocked = found.cause.get("blocked_by")
+            cause = {**found.cause, "blocked_by": new_txn_id if blocked == txn_id else blocked}
+            item = {**found.item, "after": after}
+            self.parked[other] = replace(found, item=item, cause=cause)
 
-def _overlap(op: Row, before: Row, row: Row | None) -> Overlap | None:
-    """Return the columns that both sides changed to different values; None for none."""
-    if row is None or op["kind"] == "delete":
-        return tuple(sorted(op["values"]))
-    found = [
-        column
-        for column, mine in sorted(op["values"].items())
-        if (op["kind"] == "insert" or before.get(column) != row.get(column))
-        and mine != row.get(column)
-    ]
-    return tuple(found) or None
+    def _follow(self, entry: ParkedEntry, record: Mapping[str, Any]) -> None:
+        """Take a decision against the author over to what waits and is covered by its record."""
+        through = self.parked.get(record.get("through") or "")
+        last = entry.item["seq"]
+        if through is not None and through.log_id == entry.log_id:
+            last = through.item["seq"]
+        for other, found in list(self.parked.items()):
+            is_later = found.log_id == entry.log_id and found.item["seq"] > entry.item["seq"]
+            is_own = found.item["user_id"] == entry.item["user_id"]
+            if not (is_later and is_own and found.state != "superseded"):
+                continue
+            ops = [
+                (
+                    without(op, record, op["base"])
+                    if found.item["seq"] <= last
+                    else {**op, "base": None}
+                )
+                if covered(op, record)
+                else op
+                for op in found.item["ops"]
+            ]
+            self.parked[other] = replace(found, item={**found.item, "ops": ops})
 
 
 def _met(item: Row, name: str) -> str | None:
     found: str | None = (item.get("met") or {}).get(name)
     return found
-
-
-def _rebased(item: Row, met: dict[str, str]) -> Row:
-    ops = []
-    for op in item["ops"]:
-        name = f"{op['table']}/{op['id']}"
-        moved = name in met and op["kind"] != "insert"
-        ops.append({**op, "base": met[name]} if moved else op)
-    return {**item, "met": {**(item.get("met") or {}), **met}, "ops": ops}

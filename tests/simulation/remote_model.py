@@ -11,7 +11,6 @@ tests/contract compares it with the real RPC. The rules, in the order they apply
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -28,11 +27,15 @@ from syncer.core.wire import (
 )
 from syncer.errors import ProtocolMismatch, SyncError
 from syncer.remote import SeqRange, TableRead
-from tests.simulation.model_entries import LedgerEntry, ParkedEntry
+from tests.simulation.model_audit import answered_audit, answered_settled
+from tests.simulation.model_entries import LedgerEntry, ParkedEntry, is_open
 from tests.simulation.model_rows import Key, ModelRows, Refusal, ServerRow, answered
 
 Link = tuple[str | None, str | None]
 """What a chain says of a row: its version, and what a merge had met before that (013)."""
+
+RecordKey = tuple[str, str, str, str]
+"""Transaction, table, row, outcome."""
 
 NEVER = object()
 """The base of a row that only a parked insert would have made."""
@@ -45,7 +48,8 @@ class RemoteModel(ModelRows):
     ledger: dict[str, LedgerEntry] = field(default_factory=dict)
     logs: dict[str, int] = field(default_factory=dict)
     parked: dict[str, ParkedEntry] = field(default_factory=dict)
-    records: dict[tuple[str, str, str, str], Row] = field(default_factory=dict)
+    records: dict[RecordKey, Row] = field(default_factory=dict)
+    decided: list[tuple[RecordKey, Row]] = field(default_factory=list)
     aliases: dict[tuple[str, int], str] = field(default_factory=dict)
     calls: int = 0
     before_call: Callable[[], None] = lambda: None
@@ -93,57 +97,12 @@ class RemoteModel(ModelRows):
     def audit(self, log_id: str | None = None, *, after_seq: int = 0, limit: int = 5_000) -> Row:
         """Answer as `sync_audit_v1` does."""
         self.before_call()
-        logs = [
-            self._audited(name, acknowledged)
-            for name, acknowledged in self.logs.items()
-            if log_id in (None, name)
-        ]
-        if log_id is None:
-            return {"logs": logs}
-        entries = [entry for entry in self._positions(log_id) if entry["seq"] > after_seq]
-        return {"logs": logs, "entries": entries[:limit]}
+        return answered_audit(self, log_id, after_seq, limit)
 
     def settled(self, ranges: Sequence[SeqRange]) -> list[bool]:
         """Answer as `sync_settled_v1` does."""
         self.before_call()
-        known: dict[str, set[int]] = {}
-        for log_id, _, _ in ranges:
-            if log_id not in known:
-                known[log_id] = {entry["seq"] for entry in self._positions(log_id)}
-        return [set(range(first, last + 1)) <= known[log_id] for log_id, first, last in ranges]
-
-    def _audited(self, log_id: str, acknowledged: int) -> Row:
-        states = Counter(entry["state"] for entry in self._positions(log_id))
-        names = ("applied", "discarded", "dead", "conflict", "held", "superseded")
-        return {
-            "log_id": log_id,
-            "acknowledged_seq": acknowledged,
-            "floor_seq": 0,
-            "duplicated": 0,
-            **{name: states[name] for name in names},
-        }
-
-    def _positions(self, log_id: str) -> list[Row]:
-        """Return what stands at each known position of a log, in order."""
-        found = []
-        for txn_id, entry in self.ledger.items():
-            seqs = [entry.seq] if entry.log_id == log_id else self._aliased(log_id, txn_id)
-            found += [
-                {"seq": seq, "txn_id": txn_id, "digest": entry.digest, "state": entry.verdict}
-                for seq in seqs
-            ]
-        for txn_id, parked in self.parked.items():
-            mine = parked.log_id == log_id
-            seqs = [parked.item["seq"]] if mine else self._aliased(log_id, txn_id)
-            digest = parked.item["digest"]
-            found += [
-                {"seq": seq, "txn_id": txn_id, "digest": digest, "state": parked.state}
-                for seq in seqs
-            ]
-        return sorted(found, key=lambda entry: entry["seq"])
-
-    def _aliased(self, log_id: str, txn_id: str) -> list[int]:
-        return [seq for (log, seq), txn in self.aliases.items() if (log, txn) == (log_id, txn_id)]
+        return answered_settled(self, ranges)
 
     # -- the RPC --
 
@@ -169,7 +128,7 @@ class RemoteModel(ModelRows):
         return {"verdicts": [self._park_one(log_id, park) for park in p["parks"]]}
 
     def _park_one(self, log_id: str, park: Row) -> Row:
-        item, empty = park["transaction"], told(park["transaction"])
+        item, empty = self._with_successors(park["transaction"]), told(park["transaction"])
         known = self._known(log_id, item)
         if known is not None and known["verdict"] in ("duplicate", "parked"):
             return {**empty, **known}
@@ -187,7 +146,15 @@ class RemoteModel(ModelRows):
     def _record(self, item: Row, records: Sequence[Row]) -> None:
         for record in records:
             key = (item["txn_id"], record["table"], record["id"], record["outcome"])
+            if key in self.records and self.records[key].get("resolution") is not None:
+                self.decided.append((key, self.records.pop(key)))  # it is another conflict
             self.records.setdefault(key, record)
+
+    def _decide_records(self, txn_id: str, resolution: str) -> None:
+        """Note what came of a transaction's records that nobody has decided yet."""
+        for key, record in self.records.items():
+            if key[0] == txn_id and is_open(record):
+                self.records[key] = {**record, "resolution": resolution}
 
     def _known(self, log_id: str, item: Row, *, is_parked: bool = False) -> Row | None:
         """Return what is remembered of a transaction; `is_parked`: its parked copy asks."""
@@ -199,6 +166,8 @@ class RemoteModel(ModelRows):
                 return {"verdict": "rejected", "sqlstate": "SYT01"}
             self._note_alias(log_id, item, known.log_id)
             rows = {key: self._seen(key, item["user_id"]) for key in known.versions}
+            if known.verdict == "discarded" and self._edited(item["txn_id"]):
+                return {"verdict": "parked", "state": "dead"}
             if known.verdict == "discarded":
                 return {"verdict": "parked", "state": "discarded", "rows": rows}
             answer = {"versions": known.versions, "met": known.met, "rows": rows}
@@ -241,6 +210,24 @@ class RemoteModel(ModelRows):
                 return str(predecessor)
         return None
 
+    def _with_successors(self, item: Row) -> Row:
+        """Let it wait for an edit that still waits, instead of for what that edit replaced."""
+
+        after = []
+        for txn_id in item["after"]:
+            known = self.ledger.get(txn_id)
+            is_own = known is not None and known.user_id == item["user_id"]
+            after.append((is_own and self._edited(txn_id)) or txn_id)
+        return item if after == item["after"] else {**item, "after": after}
+
+    def _edited(self, txn_id: str) -> str | None:
+        """Return the one that a person put in its place, if that still waits."""
+        last: str | None = txn_id
+        while last in self.ledger:
+            last = self.ledger[last].replaced_by
+        waits = last in self.parked and self.parked[last].state != "superseded"
+        return last if waits else None
+
     def _one(
         self, log_id: str, item: Row, chain: dict[str, Link], *, is_parked: bool = False
     ) -> Row:
@@ -252,15 +239,14 @@ class RemoteModel(ModelRows):
             return {**empty, **known}
         if not is_parked and self._seq_taken(log_id, item["seq"]):
             return {**empty, "verdict": "rejected", "sqlstate": "SYT02"}
+        item = self._with_successors(item)
         blocker = self._blocker(item)
         if blocker is not None:
             return {**empty, "verdict": "held", "blocked_by": blocker}
-        for entry in filter(None, map(self.ledger.get, item["after"])):
-            for key, link in entry.links().items():
-                chain.setdefault(key, link)
+        links = {**self._links_of(item["after"]), **chain}
         saved, tombstones = dict(self.rows), dict(self.tombstones)
         try:
-            versions = self._effects(item, chain)
+            versions = self._effects(item, links)
         except Refusal as refusal:
             self.rows, self.tombstones = saved, tombstones
             gone = self._deleted_parents(item) if refusal.item["sqlstate"] == "23503" else {}
@@ -268,6 +254,8 @@ class RemoteModel(ModelRows):
                 return {**empty, "verdict": "conflict", "op": refusal.item["op"], "rows": gone}
             return {**empty, **refusal.item}
         met = dict(item.get("met") or {})
+        # A row decided against its author: what they built on it since must meet it by itself.
+        versions |= dict.fromkeys(item.get("decided", ()))
         entry = LedgerEntry(log_id, item["seq"], item["user_id"], item["digest"], versions, met)
         chain.update(entry.links())
         self._record(item, item.get("records") or [])
@@ -281,6 +269,16 @@ class RemoteModel(ModelRows):
         }
         return {**empty, "verdict": "applied", "versions": versions, "rows": left}
 
+    def _links_of(self, after: Sequence[str]) -> dict[str, Link]:
+        """Return what finished predecessors left of each row: the last of them that left one."""
+        links: dict[str, Link] = {}
+        entries = filter(None, map(self.ledger.get, after))
+        for entry in sorted(entries, key=lambda entry: entry.seq):
+            for key, link in entry.links().items():
+                if link[0] is not None or links.get(key, (None,))[0] is None:
+                    links[key] = link
+        return links
+
     def _supersede(self, item: Row) -> None:
         """Let a delete take its author's parked work on the deleted rows with it."""
         deletes = {(op["table"], op["id"]) for op in item["ops"] if op["kind"] == "delete"}
@@ -290,6 +288,7 @@ class RemoteModel(ModelRows):
         for txn_id, parked in list(self.parked.items()):
             if parked.item["user_id"] == item["user_id"] and parked.keys(self.tables) & gone:
                 self.parked[txn_id] = replace(parked, state="superseded")
+                self._decide_records(txn_id, "discarded")
 
     def _effects(self, item: Row, chain: Mapping[str, Link]) -> dict[str, str | None]:
         self._check_bases(item, chain)

@@ -191,16 +191,24 @@ def test_a_retry_of_a_dead_letter_on_a_row_that_moved_merges_what_does_not_overl
     assert row_of(db, row_id)["metadata"] == {"x": 1}
 
 
-@pytest.mark.parametrize("choice", ["mine", "theirs"])
+@pytest.mark.parametrize(
+    ("choice", "knows", "verdict"),
+    [
+        ("mine", True, "applied"),
+        ("mine", False, "conflict"),  # sealed before its container had met theirs
+        ("theirs", True, "conflict"),
+    ],
+)
 def test_a_change_that_arrives_after_the_decision_builds_on_it_only_if_it_was_for_its_author(
-    db, user, choice
+    db, user, choice, knows, verdict
 ):
     row_id, transaction = status_conflict(db, user)
+    record = conflict_of(db, transaction)
     op = update("sessions", row_id, "chained", status="active")
-    late = db.transaction(user, op, after=[transaction["txn_id"]])
-    resolve(db, conflict_of(db, transaction), choice)
-    [verdict] = db.send(late)
-    assert verdict["verdict"] == {"mine": "applied", "theirs": "conflict"}[choice]
+    met = {f"sessions/{row_id}": record["theirs_version"]} if knows else {}
+    late = db.transaction(user, op, after=[transaction["txn_id"]], met=met)
+    resolve(db, record, choice)
+    assert [item["verdict"] for item in db.send(late)] == [verdict]
 
 
 def test_theirs_takes_the_disputed_keys_only(db, user):

@@ -163,7 +163,7 @@ def observe_model(server: RemoteModel) -> Observation:
     ]
     visible = [Visible(row.user_id, row.user_id, *key) for key, row in server.rows.items()]
     parked = [ParkedRecord(txn_id, entry.state) for txn_id, entry in server.parked.items()]
-    for (txn_id, table, row_id, outcome), record in server.records.items():
+    for (txn_id, table, row_id, outcome), record in (*server.records.items(), *server.decided):
         columns = frozenset(column.partition(".")[0] for column in record["columns"])
         key = frozenset({(table, row_id)})
         parked.append(ParkedRecord(txn_id, "conflict", key, columns or None, outcome))

@@ -1,0 +1,76 @@
+"""What a merge or a decision makes of a parked transaction, in the modelled server: pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from local_store.ops import Row
+
+Choice = Literal["mine", "theirs", "edited"]
+Overlap = tuple[str, ...]
+
+
+def overlap(op: Row, before: Row, row: Row | None) -> Overlap | None:
+    """Return the columns that both sides changed to different values; None for none."""
+    if row is None or op["kind"] == "delete":
+        return tuple(sorted(op["values"]))
+    found = [
+        column
+        for column, mine in sorted(op["values"].items())
+        if (op["kind"] == "insert" or before.get(column) != row.get(column))
+        and mine != row.get(column)
+    ]
+    return tuple(found) or None
+
+
+def rebased(item: Row, met: Mapping[str, str]) -> Row:
+    """Return the item on the versions that it met."""
+    ops = []
+    for op in item["ops"]:
+        name = f"{op['table']}/{op['id']}"
+        moved = name in met and op["kind"] != "insert"
+        ops.append({**op, "base": met[name]} if moved else op)
+    return {**item, "met": {**(item.get("met") or {}), **met}, "ops": ops}
+
+
+def decided(item: Row, record: Mapping[str, Any], choice: Choice) -> Row:
+    """Return the item as it goes on after one record of it was decided."""
+    version, met = record.get("theirs_version"), dict(item.get("met") or {})
+    kept = []
+    for op, before in zip(item["ops"], item["before"], strict=True):
+        if (op["table"], op["id"]) != (record["table"], record["id"]):
+            kept.append((op, before))
+        elif choice == "mine":  # over an insert's row, too: there is one
+            met[f"{op['table']}/{op['id']}"] = version
+            kind = "update" if op["kind"] == "insert" else op["kind"]
+            kept.append(({**op, "kind": kind, "base": version}, before))
+        elif version is not None:
+            kept.append((without(op, record, version), before))
+        # else their row is gone, and so is this op
+    ops, befores = [op for op, _ in kept], [before for _, before in kept]
+    return {**item, "ops": ops, "before": befores, "met": met}
+
+
+def without(op: Row, record: Mapping[str, Any], version: str | None) -> Row:
+    """Return what a person's `theirs` leaves of an op: the columns that weren't in conflict.
+
+    Of a column that was merged by key, only the disputed keys become theirs.
+    """
+    values = dict(op["values"]) if op["kind"] == "update" else {}
+    theirs = record.get("theirs") or {}
+    for name in record["columns"]:
+        column, _, key = name.partition(".")
+        if not key or not isinstance(values.get(column), dict):
+            values.pop(column, None)
+        else:
+            rest = {k: v for k, v in values[column].items() if k != key}
+            values[column] = {**rest, key: theirs[name]} if name in theirs else rest
+    return {**op, "kind": "update", "base": version, "values": values}
+
+
+def covered(op: Row, record: Mapping[str, Any]) -> bool:
+    """Tell whether an op changes a column that a record is about."""
+    columns = {name.partition(".")[0] for name in record["columns"]}
+    is_there = (op["table"], op["id"]) == (record["table"], record["id"])
+    return is_there and op["kind"] == "update" and not columns.isdisjoint(op["values"])

@@ -1,0 +1,131 @@
+"""What follows from a person's decision: for the rest of its transaction, and for what waits."""
+
+from __future__ import annotations
+
+from local_store.door import digest_of
+from local_store.ops import Row, WireOp
+
+from .conftest import Database, delete, new, update
+from .parking import conflict_of, dead, held, park, parked_states, results, sent
+
+
+def kinds(verdicts: list[Row]) -> list[str]:
+    return [verdict["verdict"] for verdict in verdicts]
+
+
+def resolve(db: Database, record: Row, choice: str, **more: object) -> Row:
+    return db.call("sync_resolve_v1", {"id": record["id"], "choice": choice, **more})
+
+
+def open_records(db: Database, transaction: Row) -> list[Row]:
+    asked = {"txn_ids": [transaction["txn_id"]], "open": True}
+    return db.call("sync_list_conflicts_v1", asked)["conflicts"]
+
+
+def status_of(db: Database, row_id: str) -> str:
+    return db.one("select status from sessions where id = %s", row_id)
+
+
+def edited(db: Database, transaction: Row, **values: object) -> str:
+    """Replace a parked transaction by one whose first op has other values; returns its txn_id."""
+    [op, *others] = transaction["ops"]
+    ops = [{**op, "values": {**op["values"], **values}}, *others]
+    wire = [WireOp(o["table"], o["kind"], o["id"], o["values"]) for o in ops]
+    asked = {"txn_id": transaction["txn_id"], "new_txn_id": new(), "ops": ops}
+    [verdict] = db.call("sync_edit_v1", {**asked, "digest": digest_of(wire)})["results"]
+    return verdict["txn_id"]
+
+
+def on_two_rows(db: Database, user: str, **others: object) -> tuple[str, str, Row]:
+    """A parked change of a row that somebody deleted, and of another."""
+    gone, other = db.session(user), db.session(user)
+    ops = [
+        update("sessions", gone, db.version("sessions", gone), metadata={"n": 1}),
+        update("sessions", other, db.version("sessions", other), **others),
+    ]
+    db.as_user(user, "delete from sessions where id = %s", gone)
+    transaction = db.transaction(user, *ops)
+    record = {
+        "table": "sessions", "id": gone, "columns": ["metadata"], "policy": "merge",
+        "mine": {"metadata": {"n": 1}}, "outcome": "manual",
+    }  # fmt: skip
+    asked = sent(transaction, [{"metadata": {}}, {"status": "active"}])
+    park(db, {"transaction": asked, "state": "conflict", "records": [record]})
+    return gone, other, transaction
+
+
+def test_what_is_left_of_a_transaction_is_merged_with_what_it_replaced_itself(db, user):
+    _, other, transaction = on_two_rows(db, user, status="finalized")
+    db.as_user(user, "update sessions set metadata = '{\"x\": 1}' where id = %s", other)
+    assert results(resolve(db, conflict_of(db, transaction), "theirs")) == [("applied", None)]
+    assert status_of(db, other) == "finalized"
+
+
+def test_what_is_left_of_a_transaction_outlives_a_delete_of_the_row_that_was_given_up(db, user):
+    gone, _, transaction = on_two_rows(db, user, status="bogus")
+    assert results(resolve(db, conflict_of(db, transaction), "theirs")) == [("rejected", None)]
+    assert kinds(db.send(db.transaction(user, delete("sessions", gone, None)))) == ["applied"]
+    assert parked_states(db, transaction) == ["dead"]
+
+
+def test_a_conflict_after_a_decision_that_could_not_be_carried_out_is_open_again(db, user):
+    row_id, absent = db.session(user), new()
+    base = db.version("sessions", row_id)
+    op = update("sessions", row_id, base, status="finalized")
+    transaction = db.transaction(user, op, update("sessions", absent, base, status="active"))
+    park(db, dead(transaction, [{"status": "active"}, {"status": "active"}]))
+    asked = {"txn_ids": [transaction["txn_id"]]}
+    db.as_user(user, "update sessions set status = 'abandoned' where id = %s", row_id)
+    assert results(db.call("sync_retry_v1", asked)) == [("conflict", None)]
+    assert results(resolve(db, conflict_of(db, transaction), "mine")) == [("held", None)]
+    db.as_user(user, "update sessions set metadata = '{\"x\": 1}' where id = %s", row_id)
+    assert results(db.call("sync_retry_v1", asked)) == [("conflict", None)]
+    [record] = open_records(db, transaction)
+    assert record["theirs"] == {"status": "abandoned"}
+
+
+def test_mine_decides_nothing_for_what_its_author_wrote_next_without_knowing_theirs(db, user):
+    row_id = db.session(user)
+    base = db.version("sessions", row_id)
+    first = db.transaction(user, update("sessions", row_id, base, status="finalized"))
+    park(db, dead(first, [{"status": "active"}]))
+    op = update("sessions", row_id, "chained", metadata={"mine": 1})
+    second = db.transaction(user, op, after=[first["txn_id"]])
+    park(db, held(second, first["txn_id"], [{"metadata": {}}]))
+    theirs = "update sessions set status = 'abandoned', metadata = '{\"theirs\": 1}' where id = %s"
+    db.as_user(user, theirs, row_id)
+    db.call("sync_retry_v1", {"txn_ids": [first["txn_id"]]})
+    resolve(db, conflict_of(db, first), "mine")
+    assert status_of(db, row_id) == "finalized"
+    assert parked_states(db, second) == ["conflict"]
+    [record] = open_records(db, second)
+    assert record["theirs"] == {"metadata": {"theirs": 1}}
+
+
+def behind_an_edit(db: Database, user: str) -> tuple[str, Row, str]:
+    """A dead letter that a person edited and hasn't retried yet."""
+    row_id = db.session(user)
+    base = db.version("sessions", row_id)
+    first = db.transaction(user, update("sessions", row_id, base, status="bogus"))
+    park(db, dead(first, [{"status": "active"}]))
+    return row_id, first, edited(db, first, status="finalized")
+
+
+def test_what_comes_behind_an_edited_change_is_parked_and_goes_on_with_it(db, user):
+    row_id, first, replacement = behind_an_edit(db, user)
+    op = update("sessions", row_id, "chained", metadata={"n": 1})
+    second = db.transaction(user, op, after=[first["txn_id"]])
+    assert kinds(db.send(second)) == ["held"]
+    [verdict] = park(db, held(second, first["txn_id"], [{"metadata": {}}]))
+    assert (verdict["verdict"], verdict["state"]) == ("parked", "held")
+    retried = db.call("sync_retry_v1", {"txn_ids": [replacement]})
+    assert results(retried) == [("applied", None)] * 2
+
+
+def test_a_delete_behind_an_edited_change_takes_it_along(db, user):
+    row_id, first, replacement = behind_an_edit(db, user)
+    op = delete("sessions", row_id, "chained")
+    assert kinds(db.send(db.transaction(user, op, after=[first["txn_id"]]))) == ["applied"]
+    assert parked_states(db, {"txn_id": replacement}) == ["superseded"]
+    [resent] = db.send(first)
+    assert (resent["verdict"], resent["state"]) == ("parked", "discarded")
