@@ -138,6 +138,7 @@ class Runtime:
             interval_s=self._settings.flush_interval_s,
             on_report=self._record,
             on_pass=self._acknowledger.heard,
+            eager=self._settings.ack == "remote",
         )
         self._delivery.start()
 

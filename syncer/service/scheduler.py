@@ -16,17 +16,27 @@ from syncer.flusher import Flusher, FlushReport, drain
 
 JOB_ID = "flush"
 JOB_BUDGET_S = 20.0  # a run ends by itself: APScheduler would skip a job that never ends for ever
-NUDGE_PAUSE_S = 0.02  # joins a burst of writes into one batch; far below a reader's patience
+# Between two runs that writes asked for: joins a burst into one batch. A run that takes longer is
+# followed by a longer rest, so that delivery takes a share of the machine and not all of it; a
+# write still reaches the server long before `adaptive_after_s` calls it late.
+REST_S_MIN, REST_S_MAX = 0.02, 0.2
+REST_PER_RUN = 4.0  # so at most a fifth of the time, while runs are short
 
 log = structlog.get_logger("syncer.scheduler")
+
+
+def rest_after(took_s: float, *, eager: bool) -> float:
+    """Return for how many seconds no run follows one that took `took_s`."""
+    return REST_S_MIN if eager else min(max(REST_S_MIN, REST_PER_RUN * took_s), REST_S_MAX)
 
 
 class FlushScheduler:
     """Runs the flusher while the API runs. `start` and `stop` are called once each.
 
     A write wakes the flusher at once, so the interval only bounds how late retries and other
-    processes' writes are noticed. While the breaker is open, nudges change nothing: a pass then
-    returns without a call.
+    processes' writes are noticed. Under steady writing it rests between two runs, for at most
+    0.2 s and, if somebody waits for each write's delivery (`eager`), for 0.02 s. While the breaker
+    is open, nudges change nothing: a pass then returns without a call.
     """
 
     def __init__(
@@ -37,8 +47,10 @@ class FlushScheduler:
         interval_s: float,
         on_report: Callable[[FlushReport], None] = lambda report: None,
         on_pass: Callable[[FlushReport], None] = lambda report: None,
+        eager: bool = False,
         clock: Clock | None = None,
     ) -> None:
+        self._eager = eager
         self._store = store
         self._flusher = flusher
         self._interval_s = interval_s
@@ -47,6 +59,9 @@ class FlushScheduler:
         self._clock = clock or SystemClock()
         self._scheduler = BackgroundScheduler(timezone=UTC)
         self._nudged = threading.Event()
+        self._idle = threading.Event()  # no run is under way or asked for
+        self._idle.set()
+        self._runs, self._took_s = 0, 0.0
         self._stopping = threading.Event()
         self._nudger = threading.Thread(target=self._wake, name="syncer-nudge", daemon=True)
 
@@ -79,19 +94,41 @@ class FlushScheduler:
             if self._stopping.is_set():
                 return
             # Cleared before the run is asked for: a write from here on sets it again, so none is
-            # missed; the pause joins a burst into one run.
+            # missed.
             self._nudged.clear()
-            if self._flusher.breaker == "closed":
-                self._run_soon()
-            self._stopping.wait(NUDGE_PAUSE_S)
+            if self._flusher.breaker == "closed" and not self._run_now():
+                self._nudged.set()
+            self._stopping.wait(rest_after(self._took_s, eager=self._eager))
+
+    def _run_now(self) -> bool:
+        """Have a run and wait for its end; False when there was none.
+
+        APScheduler leaves out a run that is asked for during another, which may be past its last
+        look at the buffer.
+        """
+        runs = self._runs
+        self._run_soon()
+        self._idle.wait(JOB_BUDGET_S)
+        return self._runs > runs
 
     def _run_soon(self) -> None:
+        self._idle.clear()
         try:
             self._scheduler.modify_job(JOB_ID, next_run_time=self._clock.now())
         except JobLookupError:
-            return  # shutting down
+            self._idle.set()  # shutting down
 
     def _run(self) -> None:
+        self._idle.clear()
+        self._runs += 1
+        began = self._clock.monotonic()
+        try:
+            self._drain()
+        finally:
+            self._took_s = self._clock.monotonic() - began
+            self._idle.set()
+
+    def _drain(self) -> None:
         try:
             report = drain(
                 self._flusher,

@@ -11,7 +11,13 @@ import pytest
 from local_store import Column, Insert, LocalStore, TableSpec
 from syncer.errors import RemoteUnavailable
 from syncer.flusher import Flusher, FlushReport
-from syncer.service.scheduler import FlushScheduler
+from syncer.service.scheduler import (
+    REST_PER_RUN,
+    REST_S_MAX,
+    REST_S_MIN,
+    FlushScheduler,
+    rest_after,
+)
 from tests.simulation.remote_model import RemoteModel
 
 NOTES = TableSpec(
@@ -85,6 +91,41 @@ def test_a_write_during_a_pass_is_delivered_too(store):
     finally:
         leave.set()
         running.stop()
+
+
+def test_a_write_behind_the_last_look_of_a_run_does_not_wait_for_the_interval(store):
+    server, reports = RemoteModel(store.tables), Reports()
+    at_end, leave = threading.Event(), threading.Event()
+
+    def hold_the_end(report: FlushReport) -> None:
+        reports(report)
+        at_end.set()
+        leave.wait(PATIENCE_S)
+
+    running = scheduler(store, server, hold_the_end)
+    running.start()
+    try:
+        store.write([Insert("notes", {"text": "first"})], user_id="u")
+        assert at_end.wait(PATIENCE_S)
+        store.write([Insert("notes", {"text": "second"})], user_id="u")
+        leave.set()
+        assert reports.wait_for(lambda report: sum(r.applied for r in reports.seen) == 2)
+    finally:
+        leave.set()
+        running.stop()
+
+
+@pytest.mark.parametrize(
+    ("took_s", "eager", "rest_s"),
+    [
+        (0.0, False, REST_S_MIN),
+        (0.03, False, 0.03 * REST_PER_RUN),
+        (10.0, False, REST_S_MAX),
+        (10.0, True, REST_S_MIN),
+    ],
+)
+def test_the_rest_between_runs_grows_with_them_unless_somebody_waits(took_s, eager, rest_s):
+    assert rest_after(took_s, eager=eager) == rest_s
 
 
 def test_a_run_that_raises_does_not_end_the_schedule(store):
