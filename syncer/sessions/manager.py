@@ -1,16 +1,17 @@
 """What an application does with sessions: create, refine, roll back, finish.
 
 Coroutines; everything that blocks runs off the event loop. A change is read, made and stored; when
-somebody else changed the session in between, it is made again on what they left.
+somebody else changed the session in between, it is made again on what they left. All of it runs in
+one thread, because each way to a thread and back costs as much as a read; only what a translator
+that is a coroutine does is awaited on the loop.
 """
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, cast
 
 from local_store import TransactionIdReused
 from syncer.sessions.errors import (
@@ -31,26 +32,15 @@ from syncer.sessions.models import (
 )
 from syncer.sessions.store_api import RequestKey, SessionStore
 from syncer.sessions.tables import SESSIONS
+from syncer.sessions.threads import OffLoop, OnLoop, in_thread, to_thread
 from syncer.sessions.translate import IR, SketchTranslator, Translate, Translator, TranslatorOf
 
-T = TypeVar("T")
 SessionEvent = Literal["created", "finalized", "abandoned", "hole_resolved"]
 Make = Callable[[PromptSession], Awaitable[SessionEvent | None]]  # returns what there is to tell
+Made = tuple[PromptSession, SessionEvent | None]
 Tell = Callable[[SessionEvent, PromptSession], None]
 
 CHANGE_ATTEMPTS_MAX = 64  # each lost race means that another change of the session got through
-
-
-class OffLoop(Protocol):
-    """Runs a blocking call in a thread and waits for it without blocking the event loop."""
-
-    def __call__(self, call: Callable[..., T], /, *args: Any) -> Awaitable[T]:
-        """Return what `call(*args)` returns."""
-        ...
-
-
-async def _to_thread(call: Callable[..., T], /, *args: Any) -> T:
-    return await asyncio.to_thread(call, *args)
 
 
 class SpecSessionManager:
@@ -67,7 +57,7 @@ class SpecSessionManager:
         store: SessionStore,
         translate: Translator | Translate | None = None,
         *,
-        off_loop: OffLoop = _to_thread,
+        off_loop: OffLoop = to_thread,
         tell: Tell = lambda event, session: None,
     ) -> None:
         self._store = store
@@ -219,40 +209,58 @@ class SpecSessionManager:
         make: Make,
         request: RequestKey | None,
     ) -> PromptSession:
-        session = PromptSession.create_new(source=source, metadata=metadata)
-        session.user_id = self._store.user_id
-        if request is not None:
-            session.session_id = request.row_id(SESSIONS)
-            made = await self._off_loop(self._store.created_by, request)
-            if made is not None:
-                return made
-        event = await make(session)
-        try:
-            await self._off_loop(lambda: self._store.create(session, request=request))
-        except TransactionIdReused:
-            # The same request, sent twice at once: the other one was faster.
-            made = await self._off_loop(self._store.created_by, cast("RequestKey", request))
-            if made is None:
-                raise IdempotencyMismatch from None
-            return made
-        return self._told(event, session)
+        return self._told(
+            *await in_thread(self._created(source, metadata, make, request), self._off_loop)
+        )
 
     async def _change(
         self, session_id: str, make: Make, request: RequestKey | None
     ) -> PromptSession:
+        return self._told(
+            *await in_thread(self._changed(session_id, make, request), self._off_loop)
+        )
+
+    # -- in the change's thread -------------------------------------------------------------------
+
+    async def _created(
+        self,
+        source: SessionSource,
+        metadata: Mapping[str, Any] | None,
+        make: Make,
+        request: RequestKey | None,
+    ) -> Made:
+        session = PromptSession.create_new(source=source, metadata=metadata)
+        session.user_id = self._store.user_id
+        if request is not None:
+            session.session_id = request.row_id(SESSIONS)
+            made = self._store.created_by(request)
+            if made is not None:
+                return made, None
+        event = await make(session)
+        try:
+            self._store.create(session, request=request)
+        except TransactionIdReused:
+            # The same request, sent twice at once: the other one was faster.
+            made = self._store.created_by(cast("RequestKey", request))
+            if made is None:
+                raise IdempotencyMismatch from None
+            return made, None
+        return session, event
+
+    async def _changed(self, session_id: str, make: Make, request: RequestKey | None) -> Made:
         for _attempt in range(CHANGE_ATTEMPTS_MAX):
-            session, is_done = await self._off_loop(self._loaded, session_id, request)
+            session, is_done = self._loaded(session_id, request)
             if is_done:
-                return session
+                return session, None
             event = await make(session)
             try:
-                await self._off_loop(self._updated, session, request)
+                self._store.update(session, request=request)
             except (ConcurrentModificationError, TransactionIdReused):
                 continue  # make it again on what the others left, or find that it was made
-            return self._told(event, session)
+            return session, event
         raise ConcurrentModificationError(session_id, ["*"])
 
-    def _told(self, event: SessionEvent | None, session: PromptSession) -> PromptSession:
+    def _told(self, session: PromptSession, event: SessionEvent | None) -> PromptSession:
         if event is not None:
             self._tell(event, session)
         return session
@@ -265,14 +273,9 @@ class SpecSessionManager:
             raise SessionNotFound(session_id)
         return session, request is not None and self._store.is_repeat(request, session, known)
 
-    def _updated(self, session: PromptSession, request: RequestKey | None) -> None:
-        self._store.update(session, request=request)
-
     async def _called(self, call: Callable[..., IR | Awaitable[IR]], *args: Any) -> IR:
-        if inspect.iscoroutinefunction(call):
-            return cast("IR", await call(*args))
-        result = await self._off_loop(call, *args)
-        return await result if inspect.isawaitable(result) else result
+        result = call(*args)
+        return cast("IR", await OnLoop(result)) if inspect.isawaitable(result) else result
 
 
 def _translator(translate: Translator | Translate | None) -> Translator:
