@@ -6,6 +6,7 @@ python -m benchmarks.api_server buffered|supabase
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import orjson
 import uvicorn
@@ -23,21 +24,27 @@ class DirectSessions(SupabaseSessionStore):
     """The store without a buffer, with what the routes ask besides: all of it is the server's."""
 
     last_receipt = None
+    last_sync = SyncInfo("synced", 0, "remote", stale=False)
 
     def sync_info(self, session: PromptSession) -> SyncInfo:
         """Return that nothing waits."""
-        return SyncInfo("synced", 0, "remote", stale=False)
+        return self.last_sync
+
+    def get_document(self, session_id: str) -> bytes | None:
+        """Return a session as the routes send it."""
+        session = self.get(session_id)
+        return None if session is None else orjson.dumps(self._document(session))
 
     def list_documents(
         self, status: SessionStatus | None, limit: int, cursor: str | None
     ) -> DocumentPage:
         """Return a page as the routes send it."""
         page = self.list_page(status, limit, cursor)
-        shown = [
-            {**session.to_dict(), "sync": self.sync_info(session).to_dict()}
-            for session in page.sessions
-        ]
+        shown = [self._document(session) for session in page.sessions]
         return DocumentPage(orjson.dumps(shown), page.complete, page.next)
+
+    def _document(self, session: PromptSession) -> dict[str, Any]:
+        return {**session.to_dict(), "sync": self.last_sync.to_dict()}
 
 
 def main() -> None:

@@ -67,6 +67,11 @@ class Acknowledger:
         self._measure()
 
     @property
+    def waits_for_server(self) -> bool:
+        """Tell whether a write is acknowledged when the server has decided about it."""
+        return self._limits.mode == "remote"
+
+    @property
     def error(self) -> str | None:
         """Why the last shipment didn't reach the Volume, None when it did."""
         return self._error

@@ -84,6 +84,7 @@ def create_app(
 
     app = FastAPI(title="syncer", summary="Prompt sessions on a durable buffer", lifespan=lifespan)
     app.state.authenticator = Authenticator.from_settings(settings)
+    app.state.acknowledger = acknowledger
     app.state.gate = gate
     app.state.sync = sync
     app.state.health = Health(settings, store, gate, sync, acknowledger)

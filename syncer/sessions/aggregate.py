@@ -19,7 +19,7 @@ from typing import Any
 
 import orjson
 
-from local_store import Aggregate, Row
+from local_store import Aggregate, Row, Unsettled
 from syncer.sessions.models import (
     HoleResolution,
     IRDraft,
@@ -88,10 +88,14 @@ _EMPTY: dict[str, Any] = {"metadata": {}, "smt_results": [], "ambiguities": []}
 
 @dataclass(frozen=True, slots=True)
 class SessionRows:
-    """One session's rows as a store gave them; only local rows carry a `_version`."""
+    """One session's rows as a store gave them; only local rows carry a `_version`.
+
+    `unsettled` is what of them the server hasn't confirmed, where a buffer gave them.
+    """
 
     session: Row
     children: Mapping[str, Sequence[Row]]
+    unsettled: Sequence[Unsettled] = ()
 
     def all(self) -> list[tuple[str, Row]]:
         """Return (table, row) of every row, the session's first."""
@@ -112,13 +116,15 @@ class Snapshot:
     """What a session looked like at one moment; `children` by table, in order.
 
     `requests` maps the txn_id of each keyed request to its fingerprint; `stale` tells that
-    fresher rows may exist on the server.
+    fresher rows may exist on the server. `at_hand` are the rows it was taken from, with the store
+    that read them: the next change may start from them.
     """
 
     fields: Fields
     children: dict[str, tuple[Child, ...]]
     requests: dict[str, str] = field(default_factory=dict)
     stale: bool = False
+    at_hand: tuple[object, SessionRows] | None = field(default=None, compare=False, repr=False)
 
 
 def snapshot_of(rows: SessionRows, *, stale: bool = False) -> Snapshot:
@@ -166,7 +172,7 @@ def rows_of(aggregate: Aggregate) -> SessionRows | None:
     """Return the rows that a buffer gave; None when the session isn't there."""
     children = dict(aggregate.rows or {})
     found = children.pop(SESSIONS, [])
-    return SessionRows(found[0], children) if found else None
+    return SessionRows(found[0], children, aggregate.unsettled) if found else None
 
 
 def rows_by_session(

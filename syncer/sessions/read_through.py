@@ -34,6 +34,7 @@ from syncer.sessions.server_reads import (
     versions_of,
     whole_sessions,
 )
+from syncer.sessions.store_api import RowVersions
 from syncer.sessions.tables import SESSIONS
 
 _DERIVED = ("current_ir",)  # repeats a draft's content; not worth keeping twice
@@ -131,15 +132,15 @@ class ReadThrough:
         self._budget_s = budget_s
         self._clock = clock
 
-    def session(self, session_id: str, here: SessionRows | None = None) -> bool:
+    def session(self, session_id: str, here: RowVersions | None = None) -> bool:
         """Refresh one session, or drop it here when the server has none; tells whether it had to.
 
-        `here` are its rows as they were read, where it is held and has no changes. Raises
+        `here` are its rows' versions, where it is held and has no changes. Raises
         RemoteUnavailable when the server can't be asked in time.
         """
         as_of = self._store.change_counter()
         found = whole_sessions(self._asking(self.end_of_budget()), [session_id])
-        if here is not None and [versions_in(rows) for rows in found] == [versions_in(here)]:
+        if here is not None and [versions_in(rows) for rows in found] == [here]:
             return False
         self._take(found, [session_id], as_of)
         return True

@@ -49,6 +49,7 @@ class RowSessionStore(ABC):
         self._user_id = user_id
         self._clock = clock or SystemClock()
         self._ids = ids
+        self._me = object()  # by which rows that were read through this object are known again
 
     @property
     def user_id(self) -> str:
@@ -108,8 +109,9 @@ class RowSessionStore(ABC):
         session_id = canonical(session.session_id)
         if session_id is None:
             raise SessionNotFound(session.session_id)
+        at_hand = self._at_hand(session)
         for _attempt in range(WRITE_ATTEMPTS_MAX):
-            current = self._found(session_id)
+            current = at_hand or self._found(session_id)
             if current is None:
                 raise SessionNotFound(session_id)
             change = difference(
@@ -117,10 +119,10 @@ class RowSessionStore(ABC):
             )
             if change.clashes:
                 raise ConcurrentModificationError(session_id, change.clashes)
-            if not change.ops or self._commit(change.ops, current, request):
+            if self._commit(change.ops, current, request) if change.ops else at_hand is None:
                 self._remember(session, change)
                 return
-            # A write came between: merge with that one too.
+            at_hand = None  # a write came between: merge with that one too
         raise ConcurrentModificationError(session_id, ["*"])
 
     def delete(self, session_id: str, *, request: RequestKey | None = None) -> None:
@@ -171,13 +173,20 @@ class RowSessionStore(ABC):
 
     def get(self, session_id: str) -> PromptSession | None:
         """Return the session, or None when there is none; a malformed id names none."""
-        return self.load(session_id)
-
-    def load(self, session_id: str) -> PromptSession | None:
-        """Return the session to change it: a copy held at hand is good enough."""
         row_id = canonical(session_id)
         rows = None if row_id is None else self._found(row_id)
         return None if row_id is None or rows is None else assemble(row_id, snapshot_of(rows))
+
+    def load(self, session_id: str) -> PromptSession | None:
+        """Return the session to change it: a copy held at hand is good enough.
+
+        The first `update` of it through this object compares and sets on the rows read here.
+        """
+        row_id = canonical(session_id)
+        rows = None if row_id is None else self._found(row_id)
+        if row_id is None or rows is None:
+            return None
+        return assemble(row_id, replace(snapshot_of(rows), at_hand=(self._me, rows)))
 
     def list_active(self) -> list[PromptSession]:
         """Return all active sessions known now, newest first; see `list_page` for completeness."""
@@ -204,6 +213,12 @@ class RowSessionStore(ABC):
     def _kept(self, session_id: str) -> SessionRows | None:
         """Return the rows that an earlier run of a request may have made."""
         return self._found(session_id)
+
+    def _at_hand(self, session: PromptSession) -> SessionRows | None:
+        """Return the rows that `load` read for this session, if this very object did."""
+        base: Snapshot | None = session._base
+        known = None if base is None else base.at_hand
+        return known[1] if known is not None and known[0] is self._me else None
 
     def _remember(self, session: PromptSession, change: Change) -> None:
         assert change.snapshot is not None

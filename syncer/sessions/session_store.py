@@ -32,15 +32,16 @@ from syncer.sessions.aggregate import (
     rows_of,
     snapshot_of,
 )
-from syncer.sessions.documents import Documents, array_of, end_of
+from syncer.sessions.documents import Documents, Shown, array_of, end_of
 from syncer.sessions.lister import Lister
 from syncer.sessions.models import PromptSession, SessionStatus
 from syncer.sessions.read_through import ReadThrough
 from syncer.sessions.row_store import PAGE_MAX, RowSessionStore, Traces, canonical
-from syncer.sessions.server_reads import Reads
+from syncer.sessions.server_reads import Reads, versions_in
 from syncer.sessions.store_api import (
     DocumentPage,
     RequestKey,
+    RowVersions,
     SessionPage,
     SyncInfo,
     at_host,
@@ -53,7 +54,8 @@ class BufferedSessionStore(RowSessionStore):
 
     Without a `remote` the local copy is all there is. With one, an id that isn't held here while
     `remote_usable` says no is unknown: RemoteUnavailable. `last_receipt` is the acknowledgement
-    of the latest write through this object; it may be shared by threads except for that.
+    of the latest write through this object, `last_sync` where its session stood then; the object
+    may be shared by threads except for these.
 
     `acknowledge` takes a receipt as far as the deployment asks before a write returns; `survives`
     tells what undelivered transactions, by their seqs, survive; `documents` are those of the
@@ -84,10 +86,10 @@ class BufferedSessionStore(RowSessionStore):
         self._through: ReadThrough | None = None
         if remote is not None:
             self._through = ReadThrough(store, user_id, remote, read_budget_s, self._clock)
-        self._lister = Lister(
-            store, user_id, documents or Documents(), self._through, remote_usable
-        )
+        self._documents = documents or Documents()
+        self._lister = Lister(store, user_id, self._documents, self._through, remote_usable)
         self.last_receipt: Receipt | None = None
+        self.last_sync: SyncInfo | None = None
 
     def close(self) -> None:
         """Close the buffer if this object opened it."""
@@ -127,11 +129,32 @@ class BufferedSessionStore(RowSessionStore):
             rows = self._found(row_id)
         elif not held.unsettled:
             try:
-                rows = self._rows(row_id) if self._ask_for(row_id, rows) else rows
+                is_news = self._ask_for(row_id, versions_in(rows))
+                rows = self._rows(row_id) if is_news else rows
             except (RemoteUnavailable, LocalStoreError):
                 # A buffer that takes no more refreshes, because the disk is full, still answers.
                 stale = True
         return None if rows is None else assemble(row_id, snapshot_of(rows, stale=stale))
+
+    def get_document(self, session_id: str) -> bytes | None:
+        """Return what `get` and `sync_info` do as JSON, which is kept while it stands."""
+        row_id = canonical(session_id)
+        if row_id is None:
+            return None
+        shown, stale = self._shown(row_id), False
+        if shown is None:
+            if not self._is_held(row_id):
+                self._ask_for(row_id)
+            shown = self._shown(row_id)
+        elif not shown.unsettled:
+            try:
+                if self._ask_for(row_id, shown.document.versions):
+                    shown = self._shown(row_id)
+            except (RemoteUnavailable, LocalStoreError):
+                stale = True
+        if shown is None:
+            return None
+        return shown.document.text + end_of(self._info(shown.unsettled, stale=stale))
 
     def list_documents(
         self, status: SessionStatus | None = None, limit: int = 50, cursor: str | None = None
@@ -180,6 +203,10 @@ class BufferedSessionStore(RowSessionStore):
                 return False  # deleted between: new children have no parent any more
             raise
         self.last_receipt = self._acknowledge(receipt)
+        before = () if current is None else current.unsettled
+        self.last_sync = self._info(
+            [*before, (receipt.txn_id, receipt.seq, "pending")], stale=False
+        )
         self._on_ack(self._clock.monotonic() - began)
         return True
 
@@ -194,7 +221,15 @@ class BufferedSessionStore(RowSessionStore):
 
     def _found(self, session_id: str) -> SessionRows | None:
         """Return the rows from here if held; asks the server only for a session that isn't."""
+        rows = self._rows(session_id)
+        if rows is not None:
+            return rows
+        # Deleted here; or made since the look.
         return self._rows(session_id) if self._is_held(session_id) else self._fetch(session_id)
+
+    def _shown(self, session_id: str) -> Shown | None:
+        looked_at = self._documents.look(self._store, self._user_id, [session_id])
+        return looked_at.get(session_id)
 
     def _is_held(self, session_id: str) -> bool:
         return self._store.is_held(SESSIONS, session_id, user_id=self._user_id)
@@ -207,8 +242,8 @@ class BufferedSessionStore(RowSessionStore):
         self._ask_for(session_id)
         return self._rows(session_id)
 
-    def _ask_for(self, session_id: str, here: SessionRows | None = None) -> bool:
-        """Bring a session up to date where there is a server; tells whether it wasn't `here`.
+    def _ask_for(self, session_id: str, here: RowVersions | None = None) -> bool:
+        """Bring a session up to date where there is a server; tells whether it wasn't as `here`.
 
         Raises RemoteUnavailable when the server can't be asked.
         """

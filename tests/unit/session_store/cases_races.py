@@ -106,6 +106,47 @@ class RaceCases:
         contents = {r.content for r in got(sessions, session).revisions[1:]}
         assert contents == {str(number) for number in range(24)}
 
+    def test_a_loaded_session_that_was_changed_since_is_merged_with_that(
+        self, sessions: SessionStore, open_store: OpenStore
+    ) -> None:
+        session = a_session()
+        sessions.create(session)
+        store = open_store(ALICE)
+        loaded = store.load(session.session_id)
+        assert loaded is not None
+        theirs = got(sessions, session)
+        theirs.add_revision(a_revision("theirs"))
+        sessions.update(theirs)
+        loaded.metadata["mine"] = 1
+        loaded.add_revision(a_revision("mine"))
+        store.update(loaded)
+        found = got(sessions, session)
+        assert found.metadata == {"mine": 1}
+        assert [r.content for r in found.revisions[1:]] == ["theirs", "mine"]
+
+    def test_a_loaded_session_that_was_deleted_since_is_missing_even_if_nothing_changed(
+        self, sessions: SessionStore, open_store: OpenStore
+    ) -> None:
+        session = a_session()
+        sessions.create(session)
+        store = open_store(ALICE)
+        loaded = store.load(session.session_id)
+        assert loaded is not None
+        sessions.delete(session.session_id)
+        with pytest.raises(SessionNotFound):
+            store.update(loaded)
+
+    def test_a_session_loaded_by_one_store_can_be_changed_in_another(
+        self, sessions: SessionStore, open_store: OpenStore
+    ) -> None:
+        session = a_session()
+        sessions.create(session)
+        loaded = open_store(ALICE).load(session.session_id)
+        assert loaded is not None
+        loaded.finalize()
+        sessions.update(loaded)
+        assert got(sessions, session) == loaded
+
     def test_a_change_between_reading_and_writing_is_merged_or_told(
         self, sessions: SessionStore, open_store: OpenStore
     ) -> None:

@@ -47,7 +47,15 @@ def documents_of(store: BufferedSessionStore) -> list[Any]:
 def assert_lists_show_what_is_there(store: BufferedSessionStore) -> None:
     found = store.list_all()
     infos = store.sync_infos(found)
-    assert documents_of(store) == [
+    expected = [
         {**session.to_dict(), "sync": info.to_dict()}
         for session, info in zip(found, infos, strict=True)
     ]
+    assert documents_of(store) == expected
+    assert [document_of(store, session.session_id) for session in found] == expected
+
+
+def document_of(store: BufferedSessionStore, session_id: str) -> Any:
+    """Return a session as the API shows it, None when there is none."""
+    text = store.get_document(session_id)
+    return None if text is None else orjson.loads(text)

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from local_store import InvalidWrite, LocalStore
+from local_store import InvalidWrite, LocalStore, Outcome
 from syncer.sessions import (
     SESSION_TABLES,
     BufferedSessionStore,
     HoleResolution,
     IRDraft,
 )
-from tests.unit.session_store.support import ALICE, a_session, got
+from tests.unit.session_store.support import ALICE, a_revision, a_session, got
 
 
 def test_a_session_survives_a_restart(tmp_path: Path) -> None:
@@ -100,6 +100,22 @@ def test_finalizing_notes_when_and_reopening_forgets_it(
     row = local.get("sessions", session.session_id, user_id=ALICE)
     assert row is not None
     assert row["finalized_at"] is None
+
+
+def test_after_each_write_it_is_known_without_a_look_where_its_session_stands(
+    sessions: BufferedSessionStore, local: LocalStore
+) -> None:
+    session = a_session()
+    for write in (sessions.create, sessions.update, sessions.update):
+        session.add_revision(a_revision("more"))
+        write(session)
+        assert sessions.last_sync == sessions.sync_info(session)
+    first, *_ = local.pending(transactions_max=9, bytes_max=10**6)
+    local.record([Outcome(first.txn_id, "dead")])
+    session.finalize()
+    sessions.update(session)
+    info = sessions.sync_info(session)
+    assert (sessions.last_sync, info.state) == (info, "rejected")
 
 
 def test_a_refused_creation_writes_nothing(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 
 from local_store import LocalStore, Outcome, Row
-from syncer.sessions import BufferedSessionStore, IRDraft
+from local_store.clock import new_id
+from syncer.errors import RemoteUnavailable
+from syncer.sessions import SESSION_TABLES, BufferedSessionStore, IRDraft
 from syncer.sessions.documents import Documents, Shown
 from tests.unit.session_server import ReadServer
 from tests.unit.session_store.support import (
@@ -19,6 +22,7 @@ from tests.unit.session_store.support import (
     a_revision,
     a_session,
     assert_lists_show_what_is_there,
+    document_of,
     documents_of,
     got,
 )
@@ -183,3 +187,59 @@ def test_a_delivery_between_the_question_and_the_look_is_no_reason_to_ask_again(
     assert page.complete
     assert [shown["sync"]["state"] for shown in orjson.loads(page.sessions)] == ["synced"] * 2
     assert server.calls == calls + 1
+
+
+# -- one session -----------------------------------------------------------------------------------
+
+
+def test_a_session_that_stands_is_one_question_and_makes_no_document(
+    through: BufferedSessionStore, server: ReadServer, row_id: str, made: list[str]
+) -> None:
+    calls = server.calls
+    assert document_of(through, row_id)["session_id"] == row_id
+    assert (server.calls, made) == (calls + 1, [])
+
+
+def test_a_session_with_pending_changes_is_shown_without_a_question(
+    through: BufferedSessionStore, server: ReadServer, row_id: str
+) -> None:
+    session = got(through, through.list_all()[0])
+    session.add_revision(a_revision("one"))
+    through.update(session)
+    calls = server.calls
+    assert document_of(through, row_id)["sync"]["state"] == "pending"
+    assert server.calls == calls
+
+
+def test_a_session_that_ended_elsewhere_is_shown_no_more(
+    through: BufferedSessionStore, server: ReadServer, row_id: str
+) -> None:
+    server.remove(row_id)
+    assert document_of(through, row_id) is None
+
+
+def test_a_session_deleted_here_is_gone_before_the_server_knows(
+    through: BufferedSessionStore, server: ReadServer, row_id: str
+) -> None:
+    through.delete(row_id)
+    calls = server.calls
+    assert document_of(through, row_id) is None
+    assert server.calls == calls
+
+
+def test_a_session_of_another_container_is_shown_and_without_a_server_unknown(
+    tmp_path: Path, through: BufferedSessionStore, server: ReadServer, row_id: str
+) -> None:
+    with LocalStore.open(tmp_path / "other", tables=SESSION_TABLES) as other_local:
+        other = BufferedSessionStore(other_local, ALICE, server, lambda: not server.is_down)
+        server.is_down = True
+        with pytest.raises(RemoteUnavailable):
+            other.get_document(row_id)
+        server.is_down = False
+        assert document_of(other, row_id) == document_of(through, row_id)
+        strangers = BufferedSessionStore(other_local, BOB, server)
+        assert document_of(strangers, row_id) is None
+
+
+def test_an_id_that_names_none_has_no_document(through: BufferedSessionStore) -> None:
+    assert (through.get_document("no id"), through.get_document(new_id())) == (None, None)

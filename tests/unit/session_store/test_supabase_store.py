@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from local_store import InvalidWrite, TransactionIdReused
+from local_store import InvalidWrite, Row, TransactionIdReused
 from syncer.core.batch import Batch
 from syncer.core.verdict import Verdict
 from syncer.errors import (
@@ -54,6 +54,28 @@ def test_the_questions_about_a_request_leave_no_trace(
     with pytest.raises(SessionNotFound):
         store.created_by(request)
     assert len(model.ledger) == 2
+
+
+def test_a_loaded_session_is_changed_once_without_reading_it_again() -> None:
+    class Counting(SessionModel):
+        reads = 0
+
+        def read(self, *args: Any, **more: Any) -> list[list[Row]]:
+            self.reads += 1
+            return super().read(*args, **more)
+
+    model = Counting()
+    store = SupabaseSessionStore(model, ALICE)
+    session = a_session()
+    store.create(session)
+    loaded = store.load(session.session_id)
+    assert loaded is not None
+    loaded.finalize()
+    store.update(loaded)
+    assert (model.reads, got(store, session).status) == (1, "finalized")
+    loaded.abandon()
+    store.update(loaded)
+    assert (model.reads, got(store, session).status) == (3, "abandoned")
 
 
 # -- what an answer means --------------------------------------------------------------------------
