@@ -23,7 +23,7 @@ from syncer.core.wire import (
 )
 from syncer.errors import RemoteUnavailable, ReplyTimedOut, ReplyUnreadable, SyncError
 from syncer.settings import Settings
-from syncer.transport import Call, Http, PoolUse, build_client, execute
+from syncer.transport import Call, Http, PoolUse, Threads, build_client, execute
 
 # httpx's timeouts are per socket read: a dripping reply could hold a call for hours.
 CALL_DEADLINE_S = 45.0
@@ -127,6 +127,7 @@ class SupabaseRemote:
         self._line: _Line | None = None
         self._transport_failures = 0
         self._calls: set[Call] = set()
+        self._threads = Threads()
 
     @classmethod
     def from_settings(cls, settings: Settings, **options: Any) -> SupabaseRemote:
@@ -250,7 +251,7 @@ class SupabaseRemote:
     def _call(self, function: str, params: Row, timeout_s: float | None = None) -> Any:
         deadline_s = self._deadline_s if timeout_s is None else timeout_s
         line = self._enter()
-        call = Call(lambda: execute(line.client, function, params))
+        call = Call(lambda: execute(line.client, function, params), self._threads)
         self._calls.add(call)
         began, error = self._clock.monotonic(), None
         try:

@@ -1,0 +1,40 @@
+"""The threads that calls to Supabase are made in."""
+
+from __future__ import annotations
+
+import threading
+from queue import SimpleQueue
+
+from local_store.clock import SystemClock
+from syncer.transport import Threads
+
+PATIENCE_S = 5.0
+
+
+def taken(threads: Threads) -> threading.Thread:
+    """Return the thread that takes an order."""
+    took: SimpleQueue[threading.Thread] = SimpleQueue()
+    threads.run(lambda: took.put(threading.current_thread()))
+    return took.get(timeout=PATIENCE_S)
+
+
+def test_an_idle_thread_is_taken_again() -> None:
+    threads, clock = Threads(), SystemClock()
+    first, end = taken(threads), clock.monotonic() + PATIENCE_S
+    while taken(threads) is not first:  # it may be on its way to being idle
+        assert clock.monotonic() < end, "a thread was started for each call"
+
+
+def test_a_call_that_hangs_keeps_no_other_waiting() -> None:
+    threads, leave = Threads(), threading.Event()
+    threads.run(lambda: None if leave.wait(PATIENCE_S) else None)
+    assert taken(threads).is_alive()
+    leave.set()
+
+
+def test_a_thread_that_is_idle_for_long_ends_and_the_next_call_has_one_all_the_same() -> None:
+    threads = Threads(idle_s=0.01)
+    first = taken(threads)
+    first.join(PATIENCE_S)
+    assert not first.is_alive()
+    assert taken(threads) is not first
