@@ -27,7 +27,11 @@ def test_an_idle_thread_is_taken_again() -> None:
 
 def test_a_call_that_hangs_keeps_no_other_waiting() -> None:
     threads, leave = Threads(), threading.Event()
-    threads.run(lambda: None if leave.wait(PATIENCE_S) else None)
+
+    def hang() -> None:
+        leave.wait(PATIENCE_S)
+
+    threads.run(hang)
     assert taken(threads).is_alive()
     leave.set()
 
