@@ -153,8 +153,6 @@ class Due:
 
     def _add(self, source: str, values: Sequence[object], count: int) -> None:
         """At least one transaction is taken: one that is larger than the limit goes alone."""
-        if count <= 0 or self._full:
-            return
         statement = f"SELECT {_COLUMNS} FROM {source} LIMIT ?"
         for row in self._connection.execute(statement, (*values, count)):
             if not row[17]:

@@ -318,7 +318,3 @@ def clean_rows(
         if table in tables
         for seen in [base_row(tuple(columns))]
     ]
-
-
-def _dump(body: Row) -> str:
-    return orjson.dumps(body).decode()

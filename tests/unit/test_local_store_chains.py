@@ -300,3 +300,38 @@ def test_what_waited_for_a_change_that_vanished_is_due_at_once(store: LocalStore
     emptied = as_it_was(chains.transactions[0], ops=(), before=())
     store.rebase(chains, [emptied], {f"notes/{parent}": served(parent, text="same")})
     assert [txn.txn_id for txn in waiting(store)] == [first.txn_id, child.txn_id]
+
+
+def test_where_the_server_lost_a_row_its_clean_children_go_and_what_is_pending_on_one_stays(
+    store: LocalStore,
+):
+    parent = synced(store, text="a")
+    clean, changed = (add(store, "comments", note_id=parent) for _ in range(2))
+    settle_all(store)
+    write(store, Update("comments", changed, {"text": "b"}))
+    txn_id = write(store, Update("notes", parent, {"text": "b"}))
+    store.record([Outcome(txn_id, "discarded", rows={f"notes/{parent}": None})])
+    assert store.get("comments", clean, user_id=USER) is None
+    assert shown(store, changed, "comments")["text"] == "b"
+    assert [txn.ops[0].id for txn in waiting(store)] == [changed]
+
+
+def test_a_doubted_row_that_nobody_described_stays_as_it_is(store: LocalStore):
+    row_id = synced(store, text="a")
+    txn_id = write(store, Update("notes", row_id, {"text": "b"}))
+    name = f"notes/{row_id}"
+    store.record([Outcome(txn_id, "applied", {name: "v2"}, doubted=(name,))])
+    row = shown(store, row_id)
+    assert (row["text"], row["updated_at"], row["_pending"]) == ("b", "v2", False)
+
+
+def test_what_is_told_of_tables_that_are_not_known_here_and_of_lost_rows_is_passed_over(
+    store: LocalStore,
+):
+    row_id = add(store, text="a")
+    txn_id = waiting(store)[0].txn_id
+    learned = {f"others/{row_id}": {"number": 7}, f"notes/{row_id}": None}
+    store.record([Outcome(txn_id, "applied", {f"notes/{row_id}": "v1"}, learned=learned)])
+    row = shown(store, row_id)
+    assert (row["text"], row["number"], row["updated_at"]) == ("a", None, "v1")
+    assert store.stats()["pending"] == 0

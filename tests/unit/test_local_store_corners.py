@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from local_store import BufferFull, Delete, Insert, LocalStore, Update
+from local_store import BufferFull, Delete, Insert, LocalStore, Outcome, Update
 from local_store.clock import new_id
 from local_store.schema import seal
 from tests.unit.buffer_tables import OTHER, TABLES, USER, add, settle_all, waiting
@@ -83,7 +83,9 @@ def test_in_a_group_the_one_beyond_the_limit_of_bytes_is_refused_alone(tmp_path:
 def test_rows_beyond_what_is_remembered_are_made_anew(tmp_path: Path):
     with LocalStore.open(tmp_path, tables=TABLES, views_bytes_max=500) as store:
         ids = [add(store, text="x" * 200) for _ in range(5)]
+        settle_all(store)
         for n in range(3):
+            assert store.get("notes", ids[0], user_id=USER)  # so the last round is listed by now
             for row_id in ids:
                 store.write([Update("notes", row_id, {"number": n})], user_id=USER)
         for row_id in ids:
@@ -121,6 +123,7 @@ def test_a_loop_that_ended_meanwhile_leaves_its_transaction_and_hinders_nobody(s
         lambda store, ids: store.entries(),
         lambda store, ids: store.undelivered(),
         lambda store, ids: settle_all(store),
+        lambda store, ids: store.chains([("notes", ids[1])], user_id=USER),
     ],
 )
 def test_a_record_that_is_damaged_in_use_is_set_aside_by_whoever_meets_it(
@@ -134,6 +137,35 @@ def test_a_record_that_is_damaged_in_use_is_set_aside_by_whoever_meets_it(
     assert store.damage()["quarantined"] == 1
     assert store.get("notes", ids[1], user_id=USER) is None
     assert store.write([Insert("notes", {})], user_id=USER).seq == 4
+
+
+def test_a_reply_to_a_record_that_is_damaged_meanwhile_is_recorded_for_the_others(
+    store: LocalStore, tmp_path: Path
+):
+    for text in ("first", "second", "third"):
+        add(store, text=text)
+    sent = waiting(store)
+    damage(tmp_path, "UPDATE op_log SET ops = replace(ops, 'second', 'sXcond') WHERE position = 2")
+    store.record([Outcome(txn.txn_id, "applied") for txn in sent])
+    states = [store.state(txn.txn_id) for txn in sent]
+    assert states == ["applied", None, "applied"]
+    assert store.damage()["quarantined"] == 1
+
+
+def test_a_damaged_copy_of_a_row_is_not_shown_in_part_either(store: LocalStore, tmp_path: Path):
+    good, bad = add(store, text="right"), add(store, text="wrong")
+    settle_all(store)
+    damage(tmp_path, "UPDATE rows SET body = replace(body, 'wrong', 'wrXng')")
+    found = store.select("notes", user_id=USER, columns=["text"])
+    assert [(row["id"], row["text"]) for row in found] == [(good, "right")]
+    assert not store.is_held("notes", bad, user_id=USER)  # dropped: the next read brings it
+
+
+def test_a_touch_that_leads_to_no_record_is_none(store: LocalStore, tmp_path: Path):
+    row_id = add(store, text="a")
+    assert store.get("notes", row_id, user_id=USER)
+    damage(tmp_path, f"INSERT INTO touches (tbl, id, position) VALUES ('notes', '{row_id}', 99)")
+    assert store.get("notes", row_id, user_id=USER)["text"] == "a"
 
 
 def test_a_file_whose_pages_are_overwritten_in_use_is_replaced_by_what_it_holds(tmp_path: Path):

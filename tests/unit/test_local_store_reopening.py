@@ -164,3 +164,16 @@ def test_a_long_history_is_reopened_whole(store: LocalStore):
     assert after["pending"] == REOPENED_AT_ONCE + 1
     assert after["bytes"] == sum(txn.size_bytes for txn in waiting(store))
     assert store.reopen(Selection()) == 0
+
+
+def test_a_change_that_is_confirmed_before_the_replay_behind_it_is_in_the_row_at_once(
+    store: LocalStore,
+):
+    row_id = history(store, 1)
+    store.reopen(Selection())
+    store.write([Update("notes", row_id, {"text": "2"})], user_id=USER)
+    replayed, newer = waiting(store)
+    store.record([Outcome(newer.txn_id, "applied", {f"notes/{row_id}": "v2"})])
+    row = store.get("notes", row_id, user_id=USER)
+    assert (row["text"], row["updated_at"], row["_pending"]) == ("2", "v2", True)
+    assert [txn.txn_id for txn in waiting(store)] == [replayed.txn_id]

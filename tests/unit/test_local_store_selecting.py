@@ -113,3 +113,16 @@ def test_behind_a_value_there_is_no_row_without_one(store: LocalStore, reach: Ca
 def test_a_column_that_is_not_there_is_refused(store: LocalStore):
     with pytest.raises(InvalidWrite, match="no such column"):
         store.select("notes", user_id=USER, columns=["x' || body || '"])
+
+
+@pytest.mark.parametrize("order_by", ["number", "-number"])
+def test_rows_without_the_value_that_orders_come_before_all_others(
+    store: LocalStore, order_by: str
+):
+    numbers = [None, 2, None, 1]
+    made = [add(store, number=number) for number in numbers[:2]]
+    settle_all(store)
+    made += [add(store, number=number) for number in numbers[2:]]
+    found = [row["id"] for row in store.select("notes", user_id=USER, order_by=order_by)]
+    in_order = [made[0], made[2], made[3], made[1]]
+    assert found == (in_order if order_by == "number" else in_order[::-1])

@@ -239,6 +239,33 @@ def test_a_restored_copy_delivers_the_old_log_and_writes_a_new_one(
         assert [entry.txn_id for entry in copy.entries()] == [second.txn_id]
 
 
+def test_what_is_sealed_at_once_is_of_one_log_and_within_the_bytes(
+    tmp_path: Path, store: LocalStore, clock: ManualClock
+):
+    for text in ("a", "b", "c" * 1_000):
+        add(store, text=text)
+    sizes = [txn.size_bytes for txn in waiting(store)]
+    old = store.log_id
+    with restored(tmp_path, store, clock) as copy:
+        add(copy)
+
+        def sealable(after: int, bytes_max: int) -> list[tuple[str, int]]:
+            found = copy.sealable(after, transactions_max=10, bytes_max=bytes_max)
+            return [(txn.log_id, txn.seq) for txn in found]
+
+        assert sealable(0, 2**40) == [(old, 1), (old, 2), (old, 3)]
+        assert sealable(0, sum(sizes) - 1) == [(old, 1), (old, 2)]
+        assert sealable(2, 1) == [(old, 3)]  # one that is larger than the limit goes alone
+        assert sealable(3, 2**40) == [(copy.log_id, 1)]
+
+
+def test_to_adopt_nothing_changes_nothing(store: LocalStore):
+    add(store)
+    before = store.stats(), store.change_counter()
+    assert store.adopt([], acknowledged_seq=5, schemas={}) == 0
+    assert (store.stats(), store.change_counter()) == before
+
+
 def test_opening_the_same_file_again_goes_on_with_its_log(tmp_path: Path, store: LocalStore):
     log_id = store.log_id
     add(store)

@@ -21,6 +21,7 @@ from local_store import (
     VersionMismatch,
 )
 from local_store.clock import ManualClock, new_id
+from local_store.high_water import HighWater
 from syncer.testkit.disk_faults import DiskFaults
 from tests.unit.buffer_tables import TABLES, USER, add, settle_all, waiting
 
@@ -247,3 +248,23 @@ def test_the_write_ahead_log_is_bounded(tmp_path: Path):
         for n in range(400):
             add(store, text=f"{n}" + "x" * 40_000)
         assert (tmp_path / "buffer.db-wal").stat().st_size < 12 * 1024 * 1024
+
+
+def test_when_all_clean_rows_are_gone_what_is_pending_stays_above_the_limit(store: LocalStore):
+    clean = [add(store, text="x" * 1_000) for _ in range(3)]
+    kept = [add(store, text="y" * 10_000) for _ in range(3)]
+    settle_all(store)
+    for row_id in kept:
+        store.write([Update("notes", row_id, {"number": 1})], user_id=USER)
+    assert store.tidy() == len(clean)
+    assert [row["id"] for row in store.select("notes", user_id=USER)] == kept
+    assert store.tidy() == 0
+    assert [row["id"] for row in store.select("notes", user_id=USER)] == kept
+
+
+def test_a_mark_that_comes_behind_the_end_leaves_the_last_one(tmp_path: Path):
+    mark, log_id = HighWater(tmp_path), new_id()
+    mark.write(log_id, 1)
+    mark.close()
+    mark.write(log_id, 2)
+    assert HighWater(tmp_path).read() == (log_id, 1)

@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import stat
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -269,6 +269,20 @@ def test_strangers_are_told_and_temporary_files_are_left_out(tmp_path: Path):
         if isinstance(item, Stranger):
             quarantine(tmp_path, item.path)
     assert list(scan(tmp_path)) == [ONE.name]
+
+
+def test_a_logs_folder_that_becomes_a_file_while_others_are_listed_is_a_stranger(tmp_path: Path):
+    write_file(tmp_path, ONE)
+    write_file(tmp_path, sealed(1, 1, OTHER_LOG))
+    found = scan(tmp_path)
+    assert next(found) == ONE.name
+    folder = tmp_path / "segments" / OTHER_LOG
+    shutil.rmtree(folder)
+    folder.write_text("x")
+    [stranger] = found
+    assert stranger == Stranger(
+        PurePosixPath("segments", OTHER_LOG), "a link or file in place of a folder"
+    )
 
 
 def test_a_folder_that_is_not_there_is_empty(tmp_path: Path):

@@ -13,6 +13,7 @@ from local_store.segment_files import (
     scan,
     write_file,
 )
+from local_store.segment_folders import SAME_NAME_MAX
 from local_store.segment_names import SegmentCorrupt
 from tests.unit.segment_samples import (
     ONE,
@@ -94,3 +95,18 @@ def test_removal_takes_one_segment_and_an_empty_logs_folder(tmp_path: Path):
     remove(tmp_path, name_of(3, 4))
     write_file(tmp_path, ONE)
     assert seqs(tmp_path) == [1, 2]
+
+
+def test_behind_a_thousand_files_of_one_name_quarantine_refuses_and_leaves_the_file(
+    tmp_path: Path,
+):
+    write_file(tmp_path, ONE)
+    flat = "_".join(ONE.name.path.parts[1:])
+    (tmp_path / "quarantine").mkdir()
+    for number in range(SAME_NAME_MAX):
+        (tmp_path / "quarantine" / (f"{flat}.{number}" if number else flat)).touch()
+    with pytest.raises(FileExistsError, match="too many files of one name"):
+        quarantine(tmp_path, ONE.name.path)
+    assert seqs(tmp_path) == [1, 2]
+    (tmp_path / "quarantine" / f"{flat}.7").unlink()
+    assert quarantine(tmp_path, ONE.name.path).name == f"{flat}.7"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from local_store import LocalStore
+from local_store import LocalStore, Row
 from local_store.clock import ManualClock
 from syncer.errors import RemoteUnavailable
+from syncer.remote import TableRead
 from syncer.sessions import SESSION_TABLES, BufferedSessionStore, InvalidCursor
-from syncer.sessions.server_reads import ROWS_MAX
+from syncer.sessions.server_reads import ROWS_MAX, stretch_of
 from tests.unit.session_server import ReadServer
 from tests.unit.session_store.support import ALICE, a_session, got
 
@@ -180,3 +181,19 @@ def test_a_cursor_that_names_no_position_is_refused(
     cursor = base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
     with pytest.raises(InvalidCursor):
         through.list_page(cursor=cursor)
+
+
+@pytest.mark.parametrize("count", [ROWS_MAX, ROWS_MAX + 1])
+def test_a_list_that_fills_a_read_is_asked_for_further_until_nothing_comes(count: int) -> None:
+    rows = [{"id": f"{n:05}", "created_at": "2026-01-01"} for n in range(count)]
+    asked: list[object] = []
+
+    def ask(reads: Sequence[TableRead]) -> list[list[Row]]:
+        [read] = reads
+        asked.append(read.after)
+        start = 0 if read.after is None else int(read.after["id"]) + 1
+        return [rows[start : start + read.limit]]
+
+    found = stretch_of(ask, None, None, None)
+    assert (found.rows, found.more) == (rows, False)
+    assert asked == [None, {"created_at": "2026-01-01", "id": f"{ROWS_MAX - 1:05}"}]
