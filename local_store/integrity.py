@@ -50,11 +50,11 @@ def _fix_end(connection: sqlite3.Connection) -> None:
     What isn't listed yet belongs to the newest log, without gaps; its own numbers may be damaged.
     """
     # Flipped bits can make a text or a blob of a number, and those are above all numbers.
-    (kinds,) = connection.execute(
+    kinds = connection.execute(
         "SELECT typeof(last_position) || typeof(last_seq) || typeof(total_bytes) || typeof(listed)"
         " FROM totals"
     ).fetchone()
-    if kinds != "integer" * 4:
+    if kinds != ("integer" * 4,):
         error = sqlite3.DatabaseError("the totals are malformed")
         error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT  # as a page would be: carried over
         raise error

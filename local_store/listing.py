@@ -41,6 +41,8 @@ def unlisted(connection: sqlite3.Connection) -> int:
     last, listed = connection.execute(
         "SELECT max(position), (SELECT listed FROM totals) FROM op_log"
     ).fetchone()
+    if listed is None:  # a number that is missing is damage like any other
+        raise RecordDamaged
     return max(0, (last or 0) - int(listed))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from local_store import BufferFull, Delete, Insert, LocalStore, Outcome, Update
+from local_store import BufferFull, Delete, Insert, LocalStore, Outcome, StoreCorrupt, Update
 from local_store.clock import new_id
 from local_store.schema import seal
 from tests.unit.buffer_tables import OTHER, TABLES, USER, add, settle_all, waiting
@@ -166,6 +166,61 @@ def test_a_touch_that_leads_to_no_record_is_none(store: LocalStore, tmp_path: Pa
     assert store.get("notes", row_id, user_id=USER)
     damage(tmp_path, f"INSERT INTO touches (tbl, id, position) VALUES ('notes', '{row_id}', 99)")
     assert store.get("notes", row_id, user_id=USER)["text"] == "a"
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda store, row_id: waiting(store),
+        lambda store, row_id: store.get("notes", row_id, user_id=USER),
+        lambda store, row_id: store.change_counter(),
+        lambda store, row_id: store.record([Outcome(new_id(), "applied")]),
+        lambda store, row_id: store.tidy(),
+        lambda store, row_id: add(store),
+    ],
+)
+def test_when_the_totals_are_lost_in_use_whoever_looks_first_has_them_counted_anew(
+    store: LocalStore, tmp_path: Path, look: Callable[[LocalStore, str], object]
+):
+    done, row_id = add(store, text="done"), add(store, text="first")
+    store.record([Outcome(waiting(store)[0].txn_id, "applied", {f"notes/{done}": "v1"})])
+    damage(tmp_path, "DELETE FROM totals")
+    look(store, row_id)
+    [first, *rest] = store.undelivered()
+    assert (first.seq, first.ops[0].id, len(rest)) == (2, row_id, store.stats()["pending"] - 1)
+    assert store.get("notes", row_id, user_id=USER)["text"] == "first"
+    assert store.get("notes", done, user_id=USER)["updated_at"] == "v1"
+    assert store.damage() == {"quarantined": 0, "lost": 0, "files": ["1"]}
+
+
+def test_a_disk_that_damages_what_was_carried_over_is_told_of_and_the_rest_flows_when_it_ends(
+    tmp_path: Path,
+):
+    broken: list[int] = []
+
+    def ids() -> str:  # asked for a new log's name whenever a file was carried over
+        if broken:
+            damage(tmp_path, f"UPDATE op_log SET ops = ops || ' ' WHERE position = {broken.pop()}")
+        return new_id()
+
+    with LocalStore.open(tmp_path, tables=TABLES, ids=ids) as store:
+        rows = [add(store, text=text) for text in "abc"]
+        waiting(store)
+        damage(tmp_path, "DELETE FROM totals")
+        broken.append(1)
+        with pytest.raises(StoreCorrupt, match="damaged again"):
+            waiting(store)
+        assert not broken
+        assert [txn.ops[0].id for txn in waiting(store)] == rows[1:]
+        assert store.damage() == {"quarantined": 1, "lost": 0, "files": ["1"]}
+
+
+def test_a_callers_mistake_is_not_taken_for_damage(store: LocalStore):
+    add(store)
+    with pytest.raises(sqlite3.Error, match="type 'object' is not supported"):
+        store.reply(object())  # type: ignore[arg-type]
+    assert store.damage() == {"quarantined": 0, "lost": 0, "files": []}
+    assert len(waiting(store)) == 1
 
 
 def test_a_file_whose_pages_are_overwritten_in_use_is_replaced_by_what_it_holds(tmp_path: Path):
