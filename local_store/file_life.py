@@ -200,7 +200,8 @@ class FileLife(FileForks):
         try:
             yield
         finally:
-            connection.execute(f"PRAGMA synchronous = {durable}")
+            with suppress(sqlite3.ProgrammingError):  # given up meanwhile: then there is no next
+                connection.execute(f"PRAGMA synchronous = {durable}")
 
     def _undo(self, connection: sqlite3.Connection, error: BaseException) -> None:
         with suppress(sqlite3.Error):

@@ -1,0 +1,146 @@
+"""The buffer file when the disk fails at an odd moment: opening, a change, a backup."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from local_store import CommitUnknown, DiskFailed, LocalStore, StoreCorrupt
+from local_store.ops import user_uuid
+from syncer.testkit.disk_faults import DiskFaults
+from tests.unit.buffer_tables import TABLES, USER, add, settle_all, waiting
+
+PAGE_BYTES = 4_096
+FILES = ("buffer.db", "buffer.db-wal", "buffer.db-shm")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[DiskFaults]:
+    with DiskFaults(tmp_path) as faults:
+        yield faults
+
+
+@pytest.fixture
+def store(tmp_path: Path, disk: DiskFaults) -> Iterator[LocalStore]:
+    with LocalStore.open(tmp_path, tables=TABLES) as opened:
+        yield opened
+
+
+def opened_files() -> list[str]:
+    folder = "/proc/self/fd"
+    paths = [Path(folder, name) for name in os.listdir(folder)]
+    return sorted(os.readlink(path) for path in paths if path.is_symlink())  # listing opened one
+
+
+def test_a_change_whose_commit_fails_is_unknown_by_its_name_and_can_be_repeated(
+    store: LocalStore, disk: DiskFaults
+):
+    add(store)
+    log_id = store.log_id
+    disk.fail_sync("-wal")
+    with pytest.raises(CommitUnknown, match="disk failed while a new log was committed"):
+        store.start_new_log()
+    known = store.log_id  # either is right: it is unknown
+    assert store.start_new_log() not in (log_id, known)
+    assert add(store)
+    assert store.stats()["pending"] == 2
+
+
+def test_a_reply_that_can_not_be_written_down_is_unknown_and_recorded_by_the_next_attempt(
+    store: LocalStore, disk: DiskFaults
+):
+    add(store)
+    [txn] = waiting(store)
+    disk.fail_write("-wal")
+    with pytest.raises(CommitUnknown, match="a recorded reply"):
+        settle_all(store)
+    settle_all(store)
+    assert store.state(txn.txn_id) == "applied"
+    before = disk.count("sync", "-wal")
+    add(store)
+    assert disk.count("sync", "-wal") == before + 1
+
+
+def test_a_reply_recorded_in_a_file_that_was_unlinked_stands_in_the_one_that_is_put_back(
+    store: LocalStore, tmp_path: Path
+):
+    row_id = add(store, text="a")
+    [txn] = waiting(store)
+    for name in FILES:
+        (tmp_path / name).unlink()
+    settle_all(store, "v1")
+    store.close()
+    with LocalStore.open(tmp_path, tables=TABLES) as again:
+        assert again.state(txn.txn_id) == "applied"
+        assert again.get("notes", row_id, user_id=USER)["updated_at"] == "v1"
+
+
+def test_a_large_write_into_an_unlinked_file_leaves_nothing_to_move_into_it(
+    store: LocalStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    for name in FILES:
+        (tmp_path / name).unlink()
+    with caplog.at_level(logging.ERROR, "local_store"):
+        row_id = add(store, text="x" * 4_100_000)  # more pages than are left in the log
+    assert not caplog.records
+    assert len(store.get("notes", row_id, user_id=USER)["text"]) == 4_100_000
+
+
+def test_a_start_whose_reader_finds_no_descriptor_leaves_nothing_open(
+    tmp_path: Path, disk: DiskFaults
+):
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        add(store)
+    before = opened_files()
+    disk.fail_open("buffer.db", nth=2)
+    with pytest.raises(DiskFailed, match="unable to open"):
+        LocalStore.open(tmp_path, tables=TABLES)
+    assert opened_files() == before
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        assert len(waiting(store)) == 1
+
+
+@pytest.mark.parametrize("fault", ["write", "sync"])
+def test_a_backup_that_fails_leaves_nothing_and_can_be_repeated(
+    store: LocalStore, disk: DiskFaults, tmp_path: Path, fault: str
+):
+    add(store)
+    target = tmp_path / "copies" / "buffer.db"
+    target.parent.mkdir()
+    rule = (disk.fail_write if fault == "write" else disk.fail_sync)(".part")
+    with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
+        store.backup(target)
+    assert rule.fired == 1
+    assert list(target.parent.iterdir()) == []
+    store.backup(target)
+    with LocalStore.open(target.parent, tables=TABLES) as copy:
+        assert len(waiting(copy)) == 1
+
+
+def test_a_backup_of_an_unsound_file_is_refused_and_leaves_nothing(tmp_path: Path):
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        add(store)
+        settle_all(store)
+    with closing(sqlite3.connect(tmp_path / "buffer.db")) as connection:
+        (root,) = connection.execute(
+            "SELECT rootpage FROM sqlite_master WHERE name = 'rows_of_user'"
+        ).fetchone()
+    author = user_uuid(USER).encode()
+    with open(tmp_path / "buffer.db", "r+b") as file:  # an entry of an index names another author
+        file.seek((root - 1) * PAGE_BYTES)
+        page = file.read(PAGE_BYTES)
+        assert page.count(author) == 1
+        file.seek((root - 1) * PAGE_BYTES)
+        file.write(page.replace(author, author[::-1]))
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        target = tmp_path / "copies" / "buffer.db"
+        target.parent.mkdir()
+        with pytest.raises(StoreCorrupt, match="index rows_of_user"):
+            store.backup(target)
+        assert list(target.parent.iterdir()) == []
