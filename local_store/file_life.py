@@ -89,6 +89,8 @@ class FileLife(FileForks):
 
     def _usable(self) -> sqlite3.Connection:
         """Open the file; one that is damaged as a whole is replaced by what it still holds."""
+        if salvage.unfinished(self._folder):
+            return self._carry_over("found damaged before, and not carried over to the end")
         if self._damaged is not None and self._damaged == self._identity_on_disk():
             return self._carry_over("found damaged while in use")
         try:
@@ -141,6 +143,7 @@ class FileLife(FileForks):
             salvage.name_logs(connection, self._high_water.read(), self._ids)
             self._upkeep.relist(connection)
             connection.execute("COMMIT")
+            salvage.finish(moved)
         except BaseException:
             connection.close()
             raise

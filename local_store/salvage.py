@@ -1,7 +1,8 @@
 """A buffer file that SQLite can't use any more: moved aside, and what it still holds carried over.
 
 Nothing is deleted: the damaged file stays in `quarantine/`, with a report beside it. Every record
-that passes its checksum comes into the new file, in the log and at the seq it had.
+that passes its checksum comes into the new file, in the log and at the seq it had. Where a disk
+fails or the process dies before the new file is durable, the next start does all of it anew.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 import sqlite3
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,20 @@ from local_store import opening, schema
 from local_store.door import canonical_uuid
 
 FOLDER_NAME = "quarantine"
+UNFINISHED = "unfinished"  # stands beside a file that was moved aside, until the new one is durable
 PAGE_BYTES = 4_096
 _VALID_FOR = 92  # in the header: for which change the size in the header is valid
 _INTERIOR = 0x05  # a B-tree page of a table that points to others
 AT_ONCE = 200
 UNREADABLE = (sqlite3.Error, UnicodeDecodeError, TypeError, AttributeError)  # damaged as they come
+_READING = (sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ)  # a bad spot on the disk
+_MACHINE = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+)
 UNREADABLE_MAX = 5_000  # positions tried one by one behind the last readable record
 
 
@@ -39,43 +49,81 @@ def free_folder(folder: Path) -> Path:
     return target
 
 
+def unfinished(folder: Path) -> Path | None:
+    """Return where a file was moved to that nothing durable has replaced yet."""
+    return next((mark.parent for mark in (folder / FOLDER_NAME).glob(f"*/{UNFINISHED}")), None)
+
+
 def move_aside(folder: Path) -> Path:
-    """Move the buffer file, and what belongs to it, into a fresh folder of the quarantine."""
-    target = free_folder(folder)
-    for suffix in ("-shm", "-wal", ""):
+    """Move the buffer file, and what belongs to it, into a fresh folder of the quarantine.
+
+    Where an earlier attempt moved it already, what stands in its place goes: it was never used.
+    """
+    target = unfinished(folder)
+    if target is None:
+        target = free_folder(folder)
+        os.close(os.open(target / UNFINISHED, os.O_WRONLY | os.O_CREAT, 0o600))
+        opening.sync_folder(target)
+    was_moved = (target / opening.FILE_NAME).exists()
+    for suffix in ("-shm", "-wal", ""):  # the file goes last: while it stands, all is still to do
+        name = opening.FILE_NAME + suffix
         with suppress(FileNotFoundError):
-            os.rename(folder / (opening.FILE_NAME + suffix), target / (opening.FILE_NAME + suffix))
+            if was_moved:
+                os.unlink(folder / name)
+            else:
+                os.rename(folder / name, target / name)
     opening.sync_folder(target)
     opening.sync_folder(folder)
     return target
 
 
+def finish(moved: Path) -> None:
+    """Note that what a file still held is durable in the one that replaced it."""
+    os.unlink(moved / UNFINISHED)
+    opening.sync_folder(moved)
+
+
+@contextmanager
+def _despite_damage() -> Iterator[None]:
+    """Go on behind what is damaged; a disk that is full or refuses isn't damage, and stops all."""
+    try:
+        yield
+    except UNREADABLE as error:
+        code = getattr(error, "sqlite_errorcode", None)
+        if code is not None and code not in _READING and code & 0xFF in _MACHINE:
+            raise
+
+
 def carry_over(fresh: sqlite3.Connection, moved: Path, cause: str, found_at: str) -> None:
-    """Copy what is intact into a new, empty buffer file; the caller lists it afterwards."""
+    """Copy what is intact into a new, empty buffer file; the caller lists it afterwards.
+
+    Raises sqlite3.Error or OSError when the disk refuses.
+    """
     copy = moved / "salvage.db"
+    _remove(copy)  # of an attempt that died
     for suffix in ("", "-wal"):
         with suppress(FileNotFoundError):
             shutil.copyfile(moved / (opening.FILE_NAME + suffix), f"{copy}{suffix}")
     counts = {"records": 0, "damaged": 0, "rows": 0}
-    try:
-        with closing(_open_damaged(copy)) as source:
-            fresh.execute("BEGIN IMMEDIATE")
-            with suppress(*UNREADABLE):  # what one part lost doesn't take the others along
-                _copy_logs(source, fresh)
-            with suppress(*UNREADABLE):
-                _copy_records(source, fresh, counts)
-            with suppress(*UNREADABLE):
-                _copy_rows(source, fresh, counts)
-            fresh.execute("COMMIT")
-    except UNREADABLE:
-        with suppress(sqlite3.Error):
-            fresh.rollback()
-    for suffix in ("", "-wal", "-shm"):
-        with suppress(FileNotFoundError):
-            os.unlink(f"{copy}{suffix}")
+    with _despite_damage(), closing(_open_damaged(copy)) as source:
+        fresh.execute("BEGIN IMMEDIATE")
+        with _despite_damage():  # what one part lost doesn't take the others along
+            _copy_logs(source, fresh)
+        with _despite_damage():
+            _copy_records(source, fresh, counts)
+        with _despite_damage():
+            _copy_rows(source, fresh, counts)
+        fresh.execute("COMMIT")
+    _remove(copy)
     report = {"found_at": found_at, "cause": cause, **counts}
     (moved / "report.json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
     os.chmod(moved / "report.json", 0o600)
+
+
+def _remove(copy: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            os.unlink(f"{copy}{suffix}")
 
 
 def _open_damaged(copy: Path) -> sqlite3.Connection:
@@ -83,9 +131,10 @@ def _open_damaged(copy: Path) -> sqlite3.Connection:
 
     The tables are made in one order, so their roots are on the same pages in every buffer file.
     """
-    with suppress(*UNREADABLE):
+    with _despite_damage():
         return _readable(copy)
     pattern = copy.with_name("new.db")
+    _remove(pattern)  # of an attempt that died
     opening.open_file(pattern).close()
     with open(pattern, "rb") as source, open(copy, "r+b") as target:
         for number in _schema_pages(source.read(PAGE_BYTES)):
@@ -94,7 +143,7 @@ def _open_damaged(copy: Path) -> sqlite3.Connection:
             target.write(source.read(PAGE_BYTES))
         target.seek(_VALID_FOR)
         target.write(bytes(4))  # the size in the header isn't this file's: let SQLite measure it
-    pattern.unlink()
+    _remove(pattern)
     return _readable(copy)
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import signal
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 
 import pytest
 
-from local_store import CommitUnknown, DiskFailed, LocalStore, StoreCorrupt
+from local_store import BufferFull, CommitUnknown, DiskFailed, LocalStore, StoreCorrupt
 from local_store.ops import user_uuid
-from syncer.testkit.disk_faults import DiskFaults
+from syncer.testkit.disk_faults import DiskFaults, Step
 from tests.unit.buffer_tables import TABLES, USER, add, settle_all, waiting
+from tests.unit.test_disk_faults import exit_status
 
 PAGE_BYTES = 4_096
 FILES = ("buffer.db", "buffer.db-wal", "buffer.db-shm")
@@ -144,3 +148,99 @@ def test_a_backup_of_an_unsound_file_is_refused_and_leaves_nothing(tmp_path: Pat
         with pytest.raises(StoreCorrupt, match="index rows_of_user"):
             store.backup(target)
         assert list(target.parent.iterdir()) == []
+
+
+# -- carrying over --------------------------------------------------------------------------------
+
+TEXTS = {f"{n} " + "x" * 3_000 for n in range(9)}
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Callable[[str], Path]:
+    """Return what makes a folder whose buffer file has lost its header."""
+    original = tmp_path / "original"
+    with LocalStore.open(original, tables=TABLES) as store:
+        for text in TEXTS:
+            add(store, text=text)
+    with open(original / "buffer.db", "r+b") as file:
+        file.write(bytes(100))
+
+    def copied(name: str) -> Path:
+        return Path(shutil.copytree(original, tmp_path / name))
+
+    return copied
+
+
+def check_carried_over(folder: Path) -> None:
+    with LocalStore.open(folder, tables=TABLES) as store:
+        assert {row["text"] for row in store.select("notes", user_id=USER)} == TEXTS
+        assert store.stats()["pending"] == len(TEXTS)
+        assert store.damage() == {"quarantined": 0, "lost": 0, "files": ["1"]}
+        add(store)
+    left = {path.name for path in (folder / "quarantine" / "1").iterdir()}
+    assert left <= {*FILES, "report.json"}
+
+
+@pytest.mark.parametrize("kind", ["open", "write", "sync"])
+def test_a_disk_that_fails_at_any_step_of_carrying_over_leaves_it_to_the_next_start(
+    damaged: Callable[[str], Path], kind: str
+):
+    refused = 0
+    for nth in count(1, 5 if kind == "write" else 1):  # of about 200 writes
+        folder = damaged(f"{kind}-{nth}")
+        with DiskFaults(folder) as disk:
+            rule = getattr(disk, f"fail_{kind}")(nth=nth)
+            try:
+                LocalStore.open(folder, tables=TABLES).close()
+            except DiskFailed:
+                refused += 1
+        check_carried_over(folder)
+        if not rule.fired:
+            break
+    assert refused > 1
+
+
+def test_a_full_disk_leaves_a_damaged_file_to_the_first_start_that_has_room(
+    damaged: Callable[[str], Path],
+):
+    folder = damaged("full")
+    with DiskFaults(folder) as disk, disk.full():
+        for _ in range(2):
+            with pytest.raises(BufferFull):
+                LocalStore.open(folder, tables=TABLES)
+    check_carried_over(folder)
+
+
+@pytest.mark.parametrize("step", ["before write", "before sync"])
+def test_a_process_that_dies_while_carrying_over_leaves_it_to_the_next(
+    damaged: Callable[[str], Path], step: Step
+):
+    for nth in count(1, 11):
+        folder = damaged(f"{nth}")
+
+        def child(folder: Path = folder, nth: int = nth) -> None:
+            with DiskFaults(folder) as disk:
+                disk.kill_at(step, nth=nth)
+                LocalStore.open(folder, tables=TABLES)
+
+        status = exit_status(child)
+        check_carried_over(folder)
+        if status != -signal.SIGKILL:
+            assert status == 0
+            break
+    assert nth > 1
+
+
+@pytest.mark.parametrize("moved", [["-shm"], ["-shm", "-wal"], ["-shm", "-wal", ""]])
+def test_a_file_that_was_moved_aside_in_part_is_followed_by_the_rest(
+    damaged: Callable[[str], Path], moved: list[str]
+):
+    folder = damaged("partly")
+    (folder / "buffer.db-wal").touch()
+    (folder / "buffer.db-shm").touch()
+    aside = folder / "quarantine" / "1"
+    aside.mkdir(parents=True)
+    (aside / "unfinished").touch()
+    for suffix in moved:
+        (folder / f"buffer.db{suffix}").rename(aside / f"buffer.db{suffix}")
+    check_carried_over(folder)
