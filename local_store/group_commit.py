@@ -216,10 +216,9 @@ class GroupCommit(forks.Forkable, Generic[Item, Result]):
             self._gathering = len(self._waiting) < self._expected
             if not self._gathering:
                 return
-        on_time = self._gathered.acquire(timeout=self._patience_s)
+            self._gathered.acquire(blocking=False)  # of those who came just too late last time
+        self._gathered.acquire(timeout=self._patience_s)
         with self._mutex:
-            if not on_time and not self._gathering:  # they came between the two lines above
-                self._gathered.acquire()
             self._gathering = False
 
     def _take(self, group: list[_Thread[Item, Result] | _Coroutine[Item, Result]]) -> None:
@@ -267,7 +266,7 @@ def _answer(
             by_loop.setdefault(waiter.loop, []).append((waiter.future, outcome))
         elif waiter.outcome is None:
             waiter.outcome = outcome
-            if waiter is not own:
+            if waiter is not own and not waiter.gone:  # perhaps woken already, to lead
                 waiter.wake()
     for loop, answers in by_loop.items():
         _tell(loop, answers)
