@@ -25,7 +25,6 @@ FOLDER_NAME = "quarantine"
 UNFINISHED = "unfinished"  # stands beside a file that was moved aside, until the new one is durable
 PAGE_BYTES = 4_096
 _VALID_FOR = 92  # in the header: for which change the size in the header is valid
-_INTERIOR = 0x05  # a B-tree page of a table that points to others
 AT_ONCE = 200
 UNREADABLE = (sqlite3.Error, UnicodeDecodeError, TypeError, AttributeError)  # damaged as they come
 _READING = (sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ)  # a bad spot on the disk
@@ -150,11 +149,10 @@ def _open_damaged(copy: Path) -> sqlite3.Connection:
 def _schema_pages(first: bytes) -> list[int]:
     """Return the pages of the schema's B-tree: the first, and the leaves it points to.
 
-    The page's layout is that of https://sqlite.org/fileformat2.html, section 1.6.
+    The page's layout is that of https://sqlite.org/fileformat2.html, section 1.6; the schema is
+    larger than a page, so the first one only points to others.
     """
-    kind, _, cells, _, _, last = struct.unpack_from(">BHHHBI", first, 100)
-    if kind != _INTERIOR:
-        return [1]
+    _, _, cells, _, _, last = struct.unpack_from(">BHHHBI", first, 100)
     pointers = struct.unpack_from(f">{cells}H", first, 112)
     return [1, *(struct.unpack_from(">I", first, at)[0] for at in pointers), last]
 

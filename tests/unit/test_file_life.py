@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import count
@@ -244,3 +245,67 @@ def test_a_file_that_was_moved_aside_in_part_is_followed_by_the_rest(
     for suffix in moved:
         (folder / f"buffer.db{suffix}").rename(aside / f"buffer.db{suffix}")
     check_carried_over(folder)
+
+
+def page_of(folder: Path, table: str) -> int:
+    """Return where the first page of a table stands in the closed file."""
+    with closing(sqlite3.connect(folder / "buffer.db")) as connection:
+        query = "SELECT rootpage FROM sqlite_master WHERE name = ?"
+        (root,) = connection.execute(query, (table,)).fetchone()
+    return (int(root) - 1) * PAGE_BYTES
+
+
+def test_each_damaged_file_has_a_folder_of_its_own_in_the_quarantine(
+    damaged: Callable[[str], Path],
+):
+    folder = damaged("twice")
+    LocalStore.open(folder, tables=TABLES).close()
+    with open(folder / "buffer.db", "r+b") as file:
+        file.write(bytes(100))
+    with LocalStore.open(folder, tables=TABLES) as store:
+        assert store.damage() == {"quarantined": 0, "lost": 0, "files": ["1", "2"]}
+        assert {row["text"] for row in store.select("notes", user_id=USER)} == TEXTS
+
+
+def test_a_copy_of_a_row_that_is_damaged_is_not_carried_over(tmp_path: Path):
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        good, bad = add(store, text="right"), add(store, text="wrong")
+        settle_all(store)
+    content = (tmp_path / "buffer.db").read_bytes()
+    at = page_of(tmp_path, "rows")
+    page = content[at : at + PAGE_BYTES].replace(b"wrong", b"wrXng")
+    (tmp_path / "buffer.db").write_bytes(bytes(100) + content[100:at] + page + content[at + 4096 :])
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        assert [row["id"] for row in store.select("notes", user_id=USER)] == [good]
+        assert not store.is_held("notes", bad, user_id=USER)  # the next read brings it
+        assert store.damage()["files"] == ["1"]
+
+
+def test_records_that_damage_put_out_of_order_are_walked_through_once(tmp_path: Path):
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        ids = [add(store) for _ in range(3)]
+    content = bytearray((tmp_path / "buffer.db").read_bytes())
+    at = page_of(tmp_path, "op_log")
+    (cell,) = struct.unpack_from(">H", content, at + 8 + 2 * 2)  # of the third record
+    assert (content[at + cell] > 127, content[at + cell + 2]) == (True, 3)  # two bytes, its number
+    content[at + cell + 2] = 0
+    (tmp_path / "buffer.db").write_bytes(bytes(100) + content[100:])
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        assert [txn.ops[0].id for txn in waiting(store)] == ids[:2]
+        assert store.damage()["files"] == ["1"]
+
+
+def test_behind_the_last_readable_record_the_search_ends(tmp_path: Path):
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        ids = [add(store, text="x" * 3_000) for _ in range(30)]
+    content = (tmp_path / "buffer.db").read_bytes()
+    at = page_of(tmp_path, "op_log")
+    (last,) = struct.unpack_from(">I", content, at + 8)  # the page of the newest records
+    at = (last - 1) * PAGE_BYTES
+    destroyed = content[100:at] + bytes(PAGE_BYTES) + content[at + PAGE_BYTES :]
+    (tmp_path / "buffer.db").write_bytes(bytes(100) + destroyed)
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        found = [txn.ops[0].id for txn in waiting(store)]
+        assert found == ids[: len(found)]
+        assert 20 < len(found) < 30
+        assert store.damage() == {"quarantined": 0, "lost": 30 - len(found), "files": ["1"]}
