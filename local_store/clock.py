@@ -14,15 +14,12 @@ class Clock(Protocol):
 
     def now(self) -> datetime:
         """Return the wall time, aware, in UTC."""
-        ...
 
     def monotonic(self) -> float:
         """Return seconds that only grow, from an arbitrary start."""
-        ...
 
     def sleep(self, seconds: float) -> None:
         """Let `seconds` pass."""
-        ...
 
 
 class SystemClock:

@@ -40,7 +40,6 @@ class Sized(Protocol):
     @property
     def size_bytes(self) -> int:
         """Its weight in a group."""
-        ...
 
 
 class _Thread(Generic[Item, Result]):

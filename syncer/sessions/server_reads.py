@@ -38,7 +38,6 @@ class Reads(Protocol):
         self, user_id: str, reads: Sequence[TableRead], *, timeout_s: float | None = None
     ) -> list[list[Row]]:
         """Read tables as `user_id`; one list of rows per read. Raises SyncError."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,56 +96,44 @@ class SessionStore(Protocol):
     @property
     def user_id(self) -> str:
         """The user whose sessions these are, as given."""
-        ...
 
     def create(self, session: PromptSession, *, request: RequestKey | None = None) -> str:
         """Store a new session with its history; returns its id."""
-        ...
 
     def get(self, session_id: str) -> PromptSession | None:
         """Return the session, or None when there is none; a malformed id names none."""
-        ...
 
     def load(self, session_id: str) -> PromptSession | None:
         """Return the session to change it: a copy held at hand is good enough."""
-        ...
 
     def update(self, session: PromptSession, *, request: RequestKey | None = None) -> None:
         """Store what the caller changed; raises ConcurrentModificationError, SessionNotFound."""
-        ...
 
     def list_active(self) -> list[PromptSession]:
         """Return all active sessions, newest first."""
-        ...
 
     def list_all(self) -> list[PromptSession]:
         """Return all sessions, newest first."""
-        ...
 
     def list_page(
         self, status: SessionStatus | None = None, limit: int = 50, cursor: str | None = None
     ) -> SessionPage:
         """Return at most `limit` sessions, newest first, from after `cursor` on."""
-        ...
 
     def delete(self, session_id: str, *, request: RequestKey | None = None) -> None:
         """Delete the session with its history; nothing happens when there is none."""
-        ...
 
     def knows(self, request: RequestKey) -> bool:
         """Tell whether the key was used before, for whatever."""
-        ...
 
     def is_repeat(self, request: RequestKey, session: PromptSession | None, known: bool) -> bool:
         """Tell whether `session` carries this request; `known` is from before it was read.
 
         Raises IdempotencyMismatch when the key was used for anything else.
         """
-        ...
 
     def created_by(self, request: RequestKey) -> PromptSession | None:
         """Return the session that this very request created, if it was made before."""
-        ...
 
 
 def at_host(seqs: Collection[int]) -> Durability:

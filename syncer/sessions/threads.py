@@ -19,7 +19,6 @@ class OffLoop(Protocol):
 
     def __call__(self, call: Callable[..., T], /, *args: Any) -> Awaitable[T]:
         """Return what `call(*args)` returns."""
-        ...
 
 
 async def to_thread(call: Callable[..., T], /, *args: Any) -> T:

@@ -28,11 +28,9 @@ class Translator(Protocol):
 
     def translate(self, prompt: str) -> IR | Awaitable[IR]:
         """Return the IR of a prompt, with holes where it says too little."""
-        ...
 
     def fill(self, ir: IR, hole_id: str, text: str, type: ResolutionType) -> IR | Awaitable[IR]:
         """Return the IR with `text` in the place of a hole; an unknown hole is accepted."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
