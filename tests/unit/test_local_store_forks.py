@@ -501,7 +501,12 @@ def test_a_fork_that_python_is_not_told_of_leaves_a_child_that_refuses(tmp_path:
         add(store)
 
         def child() -> None:
-            for call in (lambda: add(store), lambda: waiting(store), store.flushing().__enter__):
+            for call in (
+                lambda: add(store),
+                lambda: asyncio.run(store.write_async([Insert("notes", {})], user_id=USER)),
+                lambda: waiting(store),
+                store.flushing().__enter__,
+            ):
                 with pytest.raises(StoreClosed, match="before a fork"):
                     call()
             store.close()
