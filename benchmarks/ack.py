@@ -1,8 +1,12 @@
 """How fast a durable write is acknowledged, against what else there is: `python -m benchmarks.ack`.
 
 Each measurement is a process of its own on a fresh folder; contenders take turns, so that a slow
-minute of the machine meets all of them. Syncs are counted in processes apart, by a preloaded shim
-(count_syncs.c, needs a C compiler), which also stands in for a disk whose sync takes 2 ms longer.
+minute of the machine meets all of them. Syncs are counted by a preloaded shim (count_syncs.c, needs
+a C compiler; a count and a look at the environment beside each sync), which also stands in for a
+disk whose sync takes 2 ms longer.
+
+Threads and coroutines, 1, 4, 16 and 64 of them, are measured alone, beside a thread that computes,
+and on the slower disk. What a ratio is made of is measured in every round, the rest in the first.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import orjson
 
 from benchmarks.ack_measure import large_row, measure, percentile, queued, sustained
 from benchmarks.ack_peers import CONTENDERS, is_installed
-from benchmarks.ack_report import CPU_BOUND, SLOW, report
+from benchmarks.ack_report import CPU_BOUND, EXECUTEMANY, SLOW, report
 
 __all__ = ["main", "percentile"]
 
@@ -32,22 +36,20 @@ MODES = [(mode, n) for mode in ("threads", "coroutines") for n in (1, 4, 16, 64)
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How long a run lasts; `counted_s` is the slice of a counting process."""
+    """How long a run lasts."""
 
     rounds: int
     warm_s: float
     slice_s: float
-    counted_s: float
     modes: list[tuple[str, int]]
-    counted: list[tuple[str, int]]
     queued: int
     sustained_s: int
     updates: int
 
 
-MANY = [m for m in MODES if m[1] == 64]
-FULL = Size(3, 0.3, 0.8, 0.3, MODES, MODES, 100_000, 10, 600)
-QUICK = Size(1, 0.1, 0.15, 0.1, [m for m in MODES if m[1] in (1, 64)], MANY, 10_000, 2, 100)
+FULL = Size(3, 0.3, 0.8, MODES, 100_000, 10, 600)
+QUICK = Size(1, 0.1, 0.15, [m for m in MODES if m[1] in (1, 64)], 10_000, 2, 100)
+COMPARED = {("threads", 16, CPU_BOUND), ("threads", 64, SLOW), ("coroutines", 64, SLOW)}
 
 
 def run_child(arguments: dict[str, Any], folder: Path, environment: dict[str, str]) -> Any:
@@ -108,7 +110,7 @@ class Run:
             self._round(number)
         return {
             "cells": self.cells,
-            "syncs": self._syncs(),
+            "counted": bool(self._preload),
             "queued": run_child(
                 {"what": "queued", "count": size.queued, "look_s": 2 * size.slice_s}, folder, {}
             ),
@@ -124,42 +126,35 @@ class Run:
         first = number * len(self._names) // self._size.rounds
         return self._names[first:] + self._names[:first]
 
+    def plan(self, number: int) -> list[tuple[str, int, str]]:
+        """Return what is measured in a round: mode, callers, and under which condition."""
+        modes = self._size.modes
+        beside = {(*mode, CPU_BOUND): None for mode in modes} | {("threads", 16, CPU_BOUND): None}
+        slower = [(*mode, SLOW) for mode in modes] if self._preload else []
+        harder = [*beside, *slower]
+        return [
+            *((*mode, "") for mode in modes),
+            *(one for one in harder if number == 0 or one in COMPARED),
+        ]
+
     def _round(self, number: int) -> None:
         """Let every contender have its slice in every cell."""
-        plan = [(mode, callers, "") for mode, callers in self._size.modes]
-        plan.append(("threads", 16, CPU_BOUND))
-        plan += [(mode, 64, SLOW) for mode in ("threads", "coroutines") if self._preload]
-        for mode, callers, where in plan:
-            slow = where == SLOW
-            shim = {**self._preload, "SYNC_DELAY_US": "2000"} if slow else {}
-            for name in self.turn(number):
-                if slow and not CONTENDERS[name].durable:
+        for mode, callers, where in self.plan(number):
+            names = self.turn(number)
+            if (mode, callers, where) == ("threads", 16, CPU_BOUND):
+                names = [*names, EXECUTEMANY]
+            for name in names:
+                if where == SLOW and not CONTENDERS[name].durable:
                     continue  # it hardly syncs: the disk's delay says nothing about it
-                found = self._measure(name, mode, callers, self._size.slice_s, shim, where)
+                found = self._measure(name, mode, callers, where)
                 cell = self.cells.setdefault(f"{mode} {callers} {where}".strip(), {})
                 cell.setdefault(name, []).append(found)
             print(f"round {number + 1}: {mode} {callers} {where}", file=sys.stderr, flush=True)
 
-    def _syncs(self) -> dict[str, dict[str, float]]:
-        """Count the syncs of every contender at every number of callers."""
-        if not self._preload:
-            return {}
-        return {
-            f"{mode} {callers}": {
-                name: self._measure(name, mode, callers, self._size.counted_s, self._preload)[
-                    "syncs_per_op"
-                ]
-                for name in self._names
-            }
-            for mode, callers in self._size.counted
-        }
-
-    def _measure(
-        self, name: str, mode: str, callers: int, slice_s: float, shim: dict[str, str],
-        where: str = "",
-    ) -> Any:  # fmt: skip
+    def _measure(self, name: str, mode: str, callers: int, where: str) -> Any:
+        shim = {**self._preload, "SYNC_DELAY_US": "2000"} if where == SLOW else self._preload
         asked = {"what": "measure", "name": name, "mode": mode, "callers": callers,
-                 "warm_s": self._size.warm_s, "slice_s": slice_s,
+                 "warm_s": self._size.warm_s, "slice_s": self._size.slice_s,
                  "cpu": where == CPU_BOUND}  # fmt: skip
         return run_child(asked, self._folder, shim)
 

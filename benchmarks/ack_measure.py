@@ -13,7 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.ack_peers import CONTENDERS, NOTES, Syncer, row
+from benchmarks.ack_executemany import ExecuteMany
+from benchmarks.ack_peers import CONTENDERS, NOTES, Contender, Syncer, row
+from benchmarks.ack_report import EXECUTEMANY
 
 Latency = tuple[float, float]  # when it began, seconds it took
 
@@ -31,7 +33,7 @@ def measure(
     The same threads warm up and are measured: several peers open a connection for each thread,
     which is no part of a write.
     """
-    contender = CONTENDERS[name].make(folder)
+    contender = made(name, folder)
     contender.put(-1)
     done: list[Latency] = []
     stop = threading.Event()
@@ -48,6 +50,13 @@ def measure(
     contender.close()
     _assert_held(name, folder, 1 + len(done))
     return summary(done, measured_from, end, look.syncs if has_shim() else None)
+
+
+def made(name: str, folder: Path) -> Contender:
+    """Open a contender by its name."""
+    if name == EXECUTEMANY:
+        return ExecuteMany(folder)
+    return CONTENDERS[name].make(folder)
 
 
 def summary(
@@ -72,7 +81,7 @@ def summary(
 
 def _assert_held(name: str, folder: Path, acknowledged: int) -> None:
     """Open it again and count: what was acknowledged is on the disk, not only in memory."""
-    again = CONTENDERS[name].make(folder)
+    again = made(name, folder)
     held = again.held()
     again.close()
     if held != acknowledged:

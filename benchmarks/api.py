@@ -4,7 +4,7 @@ The same app, in a process of its own, once on the buffer and once on SupabaseSe
 on one local Supabase behind the fault proxy. The 50 clients make a call each per second, as people
 do; one client makes its calls back to back.
 
-    python -m benchmarks.api [--write] [--sessions 10000] [--calls 150]
+    python -m benchmarks.api [--write] [--json] [--sessions 10000] [--calls 150]
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ LISTED = 1_000  # sessions of the user whose list is read
 USERS = 50
 SLOW_S = 0.3
 PACE_S = 1.0
+Line = dict[str, Any]  # of the table, by column
 LIMITS_MS = {"create": 500, "resolve": 500, "get": 200, "page of 50": 500, "list of 1000": 500}
 
 
@@ -210,28 +211,45 @@ def fifty_clients(url: str, stack: LocalSupabase, seconds: float) -> Samples:
     return total
 
 
-def rows_of(store: str, condition: str, clients: str, samples: Samples) -> list[str]:
-    """Return the table's lines of one measurement."""
-    lines = []
+def rows_of(store: str, condition: str, clients: str, samples: Samples) -> list[Line]:
+    """Return one measurement's part of the table."""
+    lines: list[Line] = []
     for op in OPS:
         values = sorted(samples.ms[op])
         if not values:
             continue
         p50, p95, p99 = (values[int(len(values) * share)] for share in (0.5, 0.95, 0.99))
-        failed = samples.failed[op]
-        share = "" if not failed else f"{failed} of {len(values)} failed"
-        if not failed and store == "buffer":
-            share = f"{LIMITS_MS[op] / p95:.0f}×"
         lines.append(
-            f"| {op} | {clients} | {condition} | {store} | {p50:.1f} | {p95:.1f} | {p99:.1f} |"
-            f" {share} |"
+            {
+                "call": op,
+                "clients": clients,
+                "supabase": condition,
+                "buffer": store,
+                "p50_ms": p50,
+                "p95_ms": p95,
+                "p99_ms": p99,
+                "calls": len(values),
+                "failed": samples.failed[op],
+            }
         )
     return lines
 
 
-def play(sessions: int, calls: int, seconds: float) -> list[str]:
+def as_row(line: Line) -> str:
+    """Return a line of the table; its last column: how often the plan's limit, or what failed."""
+    share = f"{line['failed']} of {line['calls']} failed" if line["failed"] else ""
+    if not line["failed"] and line["buffer"] == "buffer":
+        share = f"{LIMITS_MS[line['call']] / line['p95_ms']:.0f}×"
+    times = " | ".join(f"{line[name]:.1f}" for name in ("p50_ms", "p95_ms", "p99_ms"))
+    return (
+        f"| {line['call']} | {line['clients']} | {line['supabase']} | {line['buffer']}"
+        f" | {times} | {share} |"
+    )
+
+
+def play(sessions: int, calls: int, seconds: float) -> list[Line]:
     """Measure all; returns the lines of the table."""
-    lines: list[str] = []
+    lines: list[Line] = []
     with tempfile.TemporaryDirectory(dir=".") as name, LocalSupabase.start() as stack:
         host, port = stack.url.removeprefix("http://").split(":")
         with FaultProxy.start(host, int(port)) as proxy:
@@ -246,9 +264,9 @@ def play(sessions: int, calls: int, seconds: float) -> list[str]:
 
 def measure_all(
     url: str, stack: LocalSupabase, proxy: FaultProxy, store: str, calls: int, seconds: float
-) -> list[str]:
+) -> list[Line]:
     """Measure one app in each condition."""
-    lines: list[str] = []
+    lines: list[Line] = []
     conditions = (("up", None), ("300 ms slower", Delay(SLOW_S)), ("down", Refuse()))
     for condition, fault in conditions:
         proxy.clear()
@@ -262,14 +280,15 @@ def measure_all(
     return lines
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure and print, or write into RESULTS.md between its markers."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--sessions", type=int, default=10_000)
     parser.add_argument("--calls", type=int, default=150)
     parser.add_argument("--seconds", type=float, default=20.0)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     sys.setswitchinterval(0.0005)  # the clients share this process, not each other's time
     lines = play(given.sessions, given.calls, given.seconds)
     today = datetime.now(UTC).date()
@@ -281,11 +300,14 @@ def main() -> None:
             "",
             "| call | clients | Supabase | buffer | p50 | p95 | p99 | |",
             "|---|---|---|---|---|---|---|---|",
-            *lines,
+            *map(as_row, lines),
         ]
     )
-    if not given.write:
+    if given.json:
+        print(orjson.dumps({"sessions": given.sessions, "calls": lines}).decode())
+    elif not given.write:
         print(text)
+    if not given.write:
         return
     before, _, rest = RESULTS.read_text().partition("<!-- api -->")
     _, _, after = rest.partition("<!-- /api -->")

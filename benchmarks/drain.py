@@ -3,7 +3,7 @@
 Prints the probes in the outage, the acknowledgements before, in and after it, the lag
 over time, memory. Real Postgres, PostgREST and supabase-py; the proxy refuses during the outage.
 
-    python -m benchmarks.drain [--transactions 100000] [--users 200]
+    python -m benchmarks.drain [--transactions 100000] [--users 200] [--json]
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import resource
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
+
+import orjson
 
 from local_store import Insert, LocalStore
 from local_store.clock import SystemClock, new_id
@@ -30,29 +33,32 @@ INTERVAL_S = 1.0
 WRITES_PER_S = 50  # what the application goes on writing during the drain
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Play the outage and print its figures."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--transactions", type=int, default=100_000)
     parser.add_argument("--users", type=int, default=200)
-    given = parser.parse_args()
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(arguments)
     with (
         LocalSupabase.start() as stack,
         tempfile.TemporaryDirectory(prefix="syncer-drain-") as folder,
     ):
         host, port = stack.url.removeprefix("http://").split(":")
         with FaultProxy.start(host, int(port)) as proxy:
-            play(stack, proxy, Path(folder), given.transactions, given.users)
+            found = play(stack, proxy, Path(folder), given.transactions, given.users)
+    print(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode() if given.json else told(found))
 
 
 def play(
     stack: LocalSupabase, proxy: FaultProxy, folder: Path, transactions: int, users: int
-) -> None:
-    """Queue while Supabase is away, then let it come back."""
+) -> dict[str, Any]:
+    """Queue while Supabase is away, then let it come back; returns what was measured."""
     remote = SupabaseRemote(proxy.url, stack.secret_key)
+    found: dict[str, Any] = {"transactions": transactions, "users": users}
     with LocalStore.open(folder, tables=SESSION_TABLES) as store:
         writer = Writer(store, users)
-        idle = writer.measure(300)
+        found["idle"] = ms(writer.measure(300))
         store_drained(store, remote)
         proxy.set(Refuse())
         calls: list[int] = []
@@ -64,24 +70,40 @@ def play(
         )
         scheduler.start()
         began = CLOCK.monotonic()
-        outage = writer.measure(transactions)
-        lasted_s = CLOCK.monotonic() - began
-        probes = len(calls)
-        print(f"queued {transactions} in {lasted_s:.0f} s: acknowledged p50/p99 {ms(outage)}")
-        print(f"probes in the outage: {probes} ({lasted_s:.0f} s, breaker interval 5 s)")
-        queued_mb = rss_mb()
+        found["outage"] = ms(writer.measure(transactions))
+        found["outage_s"] = round(CLOCK.monotonic() - began, 1)
+        found |= {"probes": len(calls), "queued_rss_mb": rss_mb()}
         proxy.clear()
         began = CLOCK.monotonic()
-        lags, drained = watch(store, writer, began)
+        found["pending"], latencies = watch(store, writer, began)
         took_s = CLOCK.monotonic() - began
         scheduler.stop()
-        print(f"drained in {took_s:.0f} s: {transactions / took_s:.0f} transactions/s")
-        print(f"acknowledged during the drain p50/p99 {ms(drained)}; idle {ms(idle)}")
-        print("pending over time:", " ".join(map(str, lags)))
-        print(f"memory (RSS max): {queued_mb:.0f} MB queued, {rss_mb():.0f} MB after the drain")
+        found |= {"drain": ms(latencies), "drain_s": round(took_s, 1), "rss_mb": rss_mb()}
+        found["transactions_s"] = round(transactions / took_s)
         report = audit(remote, store)
-        print("audit:", "balanced" if report.balanced else report.to_json())
+        found |= {"balanced": report.balanced, "audit": report.to_json()}
     remote.close()
+    return found
+
+
+def told(found: dict[str, Any]) -> str:
+    """Return the figures for people; latencies are those of an acknowledgement."""
+    times = {
+        name: "{p50:.2f}/{p99:.2f} ms".format(**found[name]) for name in ("idle", "outage", "drain")
+    }
+    return "\n".join(
+        [
+            f"queued {found['transactions']} in {found['outage_s']:.0f} s:"
+            f" acknowledged p50/p99 {times['outage']}",
+            f"probes in the outage: {found['probes']} (breaker interval 5 s)",
+            f"drained in {found['drain_s']:.0f} s: {found['transactions_s']} transactions/s",
+            f"acknowledged during the drain p50/p99 {times['drain']}; idle {times['idle']}",
+            f"pending every two seconds: {' '.join(map(str, found['pending']))}",
+            f"memory (RSS max): {found['queued_rss_mb']:.0f} MB queued,"
+            f" {found['rss_mb']:.0f} MB after the drain",
+            f"audit: {'balanced' if found['balanced'] else found['audit']}",
+        ]
+    )
 
 
 def store_drained(store: LocalStore, remote: SupabaseRemote) -> None:
@@ -148,11 +170,11 @@ class Writer:
         return [self.write() for _ in range(count)]
 
 
-def ms(seconds: list[float]) -> str:
+def ms(seconds: list[float]) -> dict[str, float]:
     """Return p50 and p99 in milliseconds."""
     ordered = sorted(seconds)
     p50, p99 = ordered[len(ordered) // 2], ordered[int(len(ordered) * 0.99)]
-    return f"{p50 * 1000:.2f}/{p99 * 1000:.2f} ms"
+    return {"p50": round(p50 * 1e3, 2), "p99": round(p99 * 1e3, 2)}
 
 
 def rss_mb() -> float:

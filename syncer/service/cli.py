@@ -6,7 +6,6 @@ codes: 0 good, 1 found trouble, 2 usage or settings, 3 Supabase unreachable.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -19,6 +18,7 @@ from syncer.audit import audit as run_audit
 from syncer.errors import NotSent, OutcomeUnknown, SettingsError, SyncError
 from syncer.flusher import FlushReport, drain
 from syncer.remote import SupabaseRemote
+from syncer.service.bench_commands import bench_app
 from syncer.service.buffers import (
     DataDir,
     Json,
@@ -47,11 +47,10 @@ app = typer.Typer(
 app.add_typer(supabase_app, name="supabase")
 app.add_typer(dead_letters_app, name="dead-letters")
 app.add_typer(conflicts_app, name="conflicts")
+app.add_typer(bench_app, name="bench")
 app.command()(replay)
 app.command()(backup)
 app.command()(worker)
-bench = typer.Typer(help="Measure this machine; needs a checkout of the project.")
-app.add_typer(bench, name="bench")
 app.command()(doctor)
 
 
@@ -168,24 +167,6 @@ def migrate(
     else:
         verb = "would apply" if dry_run else "applied"
         told("\n".join(f"{verb} {name}" for name in names) or "nothing to apply")
-
-
-@bench.command("ack")
-def bench_ack(
-    quick: Annotated[bool, typer.Option("--quick", help="One short round.")] = False,
-    write: Annotated[bool, typer.Option("--write", help="Into benchmarks/RESULTS.md.")] = False,
-    million: Annotated[bool, typer.Option("--million", help="Queue a million.")] = False,
-    json: Json = False,
-) -> None:
-    """Measure how fast a durable write is acknowledged, against what else there is."""
-    try:
-        run = importlib.import_module("benchmarks.ack").main
-    except ModuleNotFoundError:
-        raise SettingsError(
-            "bench", "the benchmarks aren't part of the package", hint="run it in a checkout"
-        ) from None
-    chosen = {"--quick": quick, "--write": write, "--million": million, "--json": json}
-    run([name for name, given in chosen.items() if given])
 
 
 def _reachable(settings: Settings) -> str:

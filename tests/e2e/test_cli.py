@@ -219,3 +219,10 @@ def test_a_local_supabase_starts_stops_and_keeps_its_data(syncer, tmp_path):
             assert sql.execute("select count(*) from sessions").fetchone() == (1,)
     finally:
         LocalSupabase.attach(tmp_path / "stack").remove()
+
+
+def test_bench_flush_drains_an_outage_and_tells_it_in_one_document(syncer):
+    ran = syncer("bench", "flush", "--transactions", "1000", "--users", "10", "--json")
+    assert ran.code == 0, ran.err
+    assert (ran.document["transactions"], ran.document["balanced"]) == (1_000, True)
+    assert {"idle", "outage", "drain", "drain_s", "transactions_s", "rss_mb"} <= set(ran.document)

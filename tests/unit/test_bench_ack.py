@@ -9,16 +9,29 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.ack import QUICK, Run, percentile, workplace
-from benchmarks.ack_measure import summary
+from benchmarks.ack import COMPARED, FULL, MODES, QUICK, Run, build_shim, percentile, workplace
+from benchmarks.ack_measure import made, summary
 from benchmarks.ack_peers import CONTENDERS, is_installed, syncs_by_default
 from benchmarks.ack_plot import plot
-from benchmarks.ack_report import BEGIN, DRAWN, END, FLOOR, Ratio, ratios, replaced, report
+from benchmarks.ack_report import (
+    BEGIN,
+    CPU_BOUND,
+    DRAWN,
+    END,
+    EXECUTEMANY,
+    FLOOR,
+    SLOW,
+    Ratio,
+    ratios,
+    replaced,
+    report,
+)
 
 
 def cell(**rates: float) -> dict[str, Any]:
     return {
-        name: [{"ops_s": rate * factor, "p50_ms": 1_000 / rate, "p99_ms": 5_000 / rate}
+        name: [{"ops_s": rate * factor, "p50_ms": 1_000 / rate, "p99_ms": 5_000 / rate,
+                "syncs_per_op": 0.03}
                for factor in (1, 2, 0.5)]
         for name, rate in rates.items()
     }  # fmt: skip
@@ -29,11 +42,11 @@ def found() -> dict[str, Any]:
     names = {"syncer": 8_000.0, FLOOR: 4_000.0, "huey, forced": 2_000.0, "raw sqlite3, FULL": 3e3}
     cells = {f"threads {n}": cell(**names) for n in (1, 4, 16, 64)}
     cells |= {f"coroutines {n}": cell(**names) for n in (1, 16, 64)}
-    cells["threads 16 beside a CPU-bound thread"] = cell(**names)
+    cells[f"threads 16 {CPU_BOUND}"] = cell(**names, **{EXECUTEMANY: 1_000.0})
     looked = {"p50_ms": 1.0, "pending_ms": 2.0, "rss_mb": 50.0}
     return {
         "cells": cells,
-        "syncs": {"threads 64": {"syncer": 0.03}, "coroutines 64": {"syncer": 0.5}},
+        "counted": True,
         "queued": {
             "count": 10,
             "filled_s": 1.0,
@@ -82,7 +95,9 @@ def test_ratios_compare_medians_with_the_best_durable_peer(found: dict[str, Any]
     by_name = {ratio.what: ratio for ratio in ratios(found)}
     assert by_name["p50, 1 thread / floor"].found == 0.5
     assert by_name["threads 64 / best durable peer (huey, forced)"].found == 4.0  # raw is no peer
+    assert by_name["syncs per op, threads 64"].ok
     assert not by_name["syncs per op, coroutines 64"].ok
+    assert by_name[f"p50 with executemany / syncer, 16 threads {CPU_BOUND}"].found == 8.0
     assert not by_name["p50 with 10 queued / empty"].ok
 
 
@@ -97,7 +112,7 @@ def test_a_ratio_is_of_the_same_round_so_that_a_slow_round_of_the_disk_cancels_o
     found: dict[str, Any],
 ):
     for name, rates in (("syncer", (800, 80, 8)), ("huey, forced", (200, 20, 2))):
-        found["cells"]["threads 64"][name] = [{"ops_s": rate} for rate in rates]
+        found["cells"]["threads 64"][name] = [{"ops_s": rate, "syncs_per_op": 1} for rate in rates]
     by_name = {ratio.what: ratio for ratio in ratios(found)}
     assert by_name["threads 64 / best durable peer (huey, forced)"].found == 4.0
 
@@ -111,7 +126,7 @@ def test_without_any_durable_peer_the_ratio_is_left_out_and_the_rest_stays(found
 
 
 def test_without_a_compiler_the_report_says_that_nothing_was_counted(found, tmp_path):
-    found["syncs"] = {}
+    found["counted"] = False
     assert "syncs not counted" in report(found, tmp_path, write=False)
 
 
@@ -144,13 +159,27 @@ def test_every_round_begins_with_another_contender(tmp_path: Path, found: dict[s
     assert all(sorted(run.turn(n)) == sorted(run.turn(0)) for n in range(3))
 
 
-@pytest.mark.parametrize("name", [n for n, e in CONTENDERS.items() if is_installed(e)])
+def test_every_number_of_callers_is_measured_alone_beside_a_busy_thread_and_on_a_slower_disk(
+    tmp_path: Path,
+):
+    run = Run(tmp_path, FULL)
+    first, later = run.plan(0), run.plan(1)
+    wheres = ("", CPU_BOUND, SLOW) if build_shim(tmp_path) else ("", CPU_BOUND)
+    assert set(first) == {(*mode, where) for mode in MODES for where in wheres}
+    assert len(first) == len(set(first))
+    assert set(later) == {one for one in first if not one[2] or one in COMPARED}
+    assert set(Run(tmp_path, QUICK).plan(0)) > COMPARED & set(first)
+
+
+@pytest.mark.parametrize(
+    "name", [*(n for n, e in CONTENDERS.items() if is_installed(e)), EXECUTEMANY]
+)
 def test_what_a_contender_acknowledged_is_there_when_it_is_opened_again(name: str, tmp_path: Path):
-    contender = CONTENDERS[name].make(tmp_path)
+    contender = made(name, tmp_path)
     for number in range(7):
         contender.put(number)
     contender.close()
-    again = CONTENDERS[name].make(tmp_path)
+    again = made(name, tmp_path)
     assert again.held() == 7
     again.close()
 
