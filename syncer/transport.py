@@ -7,6 +7,7 @@ a redirect, whose response hook turns everything but a JSON 2xx into an error of
 
 from __future__ import annotations
 
+import _thread
 import ssl
 import threading
 from collections.abc import Callable
@@ -192,10 +193,9 @@ class Threads:
         orders: SimpleQueue[Callable[[], None]] = known or SimpleQueue()
         orders.put(work)
         if known is None:
-            serve = threading.Thread(
-                target=self._serve, args=(orders,), name="syncer-call", daemon=True
-            )
-            serve.start()
+            # Not threading.Thread: its start() waits for ever when the thread finds no memory to
+            # begin (github.com/python/cpython/issues/140746; may go with a release that mends it).
+            _thread.start_new_thread(self._serve, (orders,))
 
     def _serve(self, orders: SimpleQueue[Callable[[], None]]) -> None:
         while True:

@@ -10,7 +10,6 @@ from datetime import UTC
 from typing import Self
 
 import structlog
-from apscheduler.schedulers.background import BackgroundScheduler
 from fastapi import FastAPI
 
 from local_store import LocalStore
@@ -21,7 +20,7 @@ from syncer.remote import SupabaseRemote
 from syncer.service.app import create_app
 from syncer.service.health import SyncState
 from syncer.service.metrics import Metrics
-from syncer.service.scheduler import FlushScheduler
+from syncer.service.scheduler import FlushScheduler, SteadyScheduler
 from syncer.service.watch import Watch
 from syncer.sessions import Translator
 from syncer.sessions.tables import SESSION_TABLES
@@ -60,7 +59,7 @@ class Runtime:
         self._watch: Watch | None = None
         self._flusher: Flusher | None = None
         self._delivery: FlushScheduler | None = None
-        self._shipping: BackgroundScheduler | None = None
+        self._shipping: SteadyScheduler | None = None
         self._stopped = False
         self.app: FastAPI = create_app(
             settings,
@@ -156,7 +155,7 @@ class Runtime:
         """Ship what was acknowledged before the mode turned, and what a failed commit left."""
         if self._volume is None:
             return
-        self._shipping = BackgroundScheduler(timezone=UTC)
+        self._shipping = SteadyScheduler(timezone=UTC)
         self._shipping.add_job(
             self._acknowledger.ship_if_due,
             "interval",

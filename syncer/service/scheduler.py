@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from datetime import UTC
+from typing import Any
 
 import structlog
 from apscheduler.jobstores.base import JobLookupError
@@ -28,6 +29,21 @@ log = structlog.get_logger("syncer.scheduler")
 def rest_after(took_s: float, *, eager: bool) -> float:
     """Return for how many seconds no run follows one that took `took_s`."""
     return REST_S_MIN if eager else min(max(REST_S_MIN, REST_PER_RUN * took_s), REST_S_MAX)
+
+
+class SteadyScheduler(BackgroundScheduler):  # type: ignore[misc]  # APScheduler ships no types
+    """Runs interval jobs also when the clock was set back; an hour back would be an hour's pause.
+
+    APScheduler keeps the next moment of a job by the wall clock. One that is further off than the
+    job's interval is a moment of the clock as it was.
+    """
+
+    def _process_jobs(self) -> Any:
+        now = SystemClock().now()
+        for job in self.get_jobs():
+            if job.next_run_time - now > job.trigger.interval:
+                job.modify(next_run_time=now)
+        return super()._process_jobs()
 
 
 class FlushScheduler:
@@ -57,7 +73,7 @@ class FlushScheduler:
         self._on_report = on_report
         self._on_pass = on_pass
         self._clock = clock or SystemClock()
-        self._scheduler = BackgroundScheduler(timezone=UTC)
+        self._scheduler = SteadyScheduler(timezone=UTC)
         self._nudged = threading.Event()
         self._idle = threading.Event()  # no run is under way or asked for
         self._idle.set()

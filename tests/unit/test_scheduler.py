@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
+import jwt
 import pytest
 
 from local_store import Column, Insert, LocalStore, TableSpec
+from local_store.clock import ManualClock, SystemClock
 from syncer.errors import RemoteUnavailable
 from syncer.flusher import Flusher, FlushReport
+from syncer.remote import SupabaseRemote
 from syncer.service.scheduler import (
+    JOB_ID,
     REST_PER_RUN,
     REST_S_MAX,
     REST_S_MIN,
@@ -180,3 +186,64 @@ def test_stopping_leaves_what_is_pending_in_the_buffer(store):
     assert store.stats()["pending"] == 1
     store.write([Insert("notes", {"text": "after"})], user_id="u")
     assert store.stats()["pending"] == 2
+
+
+def test_a_clock_set_back_an_hour_does_not_pause_the_interval(store):
+    server, reports = RemoteModel(store.tables), Reports()
+    down = [True]
+
+    def maybe() -> None:
+        if down[0]:
+            raise RemoteUnavailable("down")
+
+    server.before_call = maybe
+    store.write([Insert("notes", {"text": "x"})], user_id="u")
+    running = scheduler(store, server, reports, interval_s=0.05)
+    running.start()
+    try:
+        assert reports.wait_for(lambda report: report.stopped == "outage")
+        # To a clock that is an hour behind, the job is due in an hour.
+        ahead = SystemClock().now() + timedelta(hours=1)
+        running._scheduler.modify_job(JOB_ID, next_run_time=ahead)
+        down[0] = False
+        assert reports.wait_for(lambda report: report.applied == 1)
+    finally:
+        running.stop()
+
+
+def test_a_run_that_is_late_by_an_hour_is_made_all_the_same(store):
+    """As after a suspension, or when the clock jumped ahead between the nudge and its run."""
+    server, reports = RemoteModel(store.tables), Reports()
+    late = ManualClock(SystemClock().now() - timedelta(hours=1))
+    flusher = Flusher(store, server, jitter=lambda: 0.0)
+    running = FlushScheduler(store, flusher, interval_s=86_400.0, on_report=reports, clock=late)
+    running.start()
+    try:
+        store.write([Insert("notes", {"text": "x"})], user_id="u")
+        assert reports.wait_for(lambda report: report.applied == 1)
+    finally:
+        running.stop()
+
+
+def test_a_call_that_hangs_delays_the_next_run_by_its_deadline_and_no_longer(store):
+    """The server takes the connection and never answers."""
+    server, reports = RemoteModel(store.tables), Reports()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hanging = SupabaseRemote(
+            f"http://127.0.0.1:{silent.getsockname()[1]}", jwt.encode({}, "k" * 32), deadline_s=0.1
+        )
+
+        class HangsOnce:
+            def apply_batch(self, batch):
+                first = not reports.seen
+                return (hanging if first else server).apply_batch(batch)
+
+        store.write([Insert("notes", {"text": "x"})], user_id="u")
+        running = scheduler(store, HangsOnce(), reports, interval_s=0.05)
+        running.start()
+        try:
+            assert reports.wait_for(lambda report: report.applied == 1)
+            assert reports.seen[0].stopped == "outage"
+        finally:
+            running.stop()
+            hanging.close()
