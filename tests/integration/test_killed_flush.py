@@ -9,8 +9,6 @@ import faulthandler
 import os
 import resource
 import signal
-import threading
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +19,6 @@ import pytest
 
 from local_store import Insert, LocalStore, Update
 from local_store.clock import new_id
-from syncer.core.batch import Batch
-from syncer.core.verdict import Verdict
-from syncer.core.wire import Park
 from syncer.flusher import Flusher
 from syncer.remote import SupabaseRemote
 from syncer.sessions.tables import SESSION_TABLES
@@ -31,6 +26,7 @@ from syncer.testkit import BufferedApp
 from syncer.testkit.disk_faults import DiskFaults, Step
 from syncer.testkit.faults import Delay
 from syncer.testkit.history import History, assert_clean
+from tests.integration.dying import Dying, die, ended, in_child, is_stopped, stop
 from tests.integration.test_fault_mix import USERS, observe
 
 USER = USERS[0]
@@ -42,61 +38,6 @@ ANY_STATUS = {
 TABLES = [replace(SESSION_TABLES[0], columns=ANY_STATUS), *SESSION_TABLES[1:]]
 MIB = 1024 * 1024
 OUT_OF_MEMORY_S = 20.0  # ten times what a call may take
-
-Kill = Callable[[], None]
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Dying(SupabaseRemote):
-    """The real remote; something happens before or after one of its calls."""
-
-    def __init__(self, url: str, key: str, when: str, event: Kill) -> None:
-        super().__init__(url, key)
-        self._when = when
-        self._event = event
-
-    def apply_batch(self, batch: Batch) -> tuple[Verdict, ...]:
-        self._happen("before send")
-        reply = super().apply_batch(batch)
-        self._happen("after commit")
-        return reply
-
-    def park(
-        self, log_id: str, acknowledged_seq: int, parks: Sequence[Park]
-    ) -> tuple[Verdict, ...]:
-        self._happen("before parking")
-        reply = super().park(log_id, acknowledged_seq, parks)
-        self._happen("after parking")
-        return reply
-
-    def _happen(self, moment: str) -> None:
-        if moment == self._when:
-            self._event()
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Run `work` in a forked process; its pid. 0: it came to its end."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            os._exit(99)
-    return pid
-
-
-def ended(pid: int, within_s: float = 60.0) -> int:
-    """Wait for it, at most so long: its exit code, negative for a signal."""
-    deadline = threading.Timer(within_s, os.kill, (pid, signal.SIGKILL))
-    deadline.start()
-    try:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    finally:
-        deadline.cancel()
 
 
 class Backlog:
@@ -183,12 +124,9 @@ def test_a_flusher_killed_while_it_records_leaves_all_to_the_next_one(
 def test_a_flusher_stopped_in_a_call_stops_no_write_and_continued_it_doubles_nothing(
     backlog: Backlog, fresh_supabase: Any
 ):
-    def stop() -> None:
-        os.kill(os.getpid(), signal.SIGSTOP)
-
     remote = Dying(fresh_supabase.url, fresh_supabase.secret_key, "after commit", stop)
     pid = in_child(lambda: flush(backlog, remote))
-    assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
+    assert is_stopped(pid)
     app = BufferedApp(backlog.folder, TABLES, fresh_supabase.url, fresh_supabase.secret_key)
     try:
         late = app.store.write([Insert("sessions", {})], user_id=USER)
@@ -207,12 +145,9 @@ def test_a_flusher_stopped_in_a_call_stops_no_write_and_continued_it_doubles_not
 def test_a_stopped_flusher_that_is_killed_gives_its_turn_to_the_next_one(
     backlog: Backlog, fresh_supabase: Any
 ):
-    def stop() -> None:
-        os.kill(os.getpid(), signal.SIGSTOP)
-
     remote = Dying(fresh_supabase.url, fresh_supabase.secret_key, "after commit", stop)
     pid = in_child(lambda: flush(backlog, remote))
-    assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
+    assert is_stopped(pid)
     os.kill(pid, signal.SIGKILL)
     assert ended(pid) == -signal.SIGKILL
     backlog.finish(fresh_supabase)

@@ -89,6 +89,36 @@ def test_one_poison_in_a_batch_of_500_is_alone_and_can_be_mended(
     assert app.audit().balanced
 
 
+def test_each_kind_of_refusal_in_one_batch_of_500_is_alone(app, buffered_store, sql):
+    """Unique, row-level security, and a foreign key to what somebody deleted."""
+    theirs, gone = new_id(), new_id()
+    stranger = buffered_store(TABLES)
+    write(stranger, Insert("sessions", {"id": theirs}), user=STRANGER)
+    stranger.drain()
+    write(app, Insert("sessions", {"id": gone}))
+    app.drain()
+    sql.execute("create unique index one_of_a_kind on sessions ((metadata -> 'unique'))")
+    sql.execute("delete from sessions where id = %s", (gone,))
+    try:
+        write(app, Insert("sessions", {"metadata": {"unique": 1}}))
+        refused = {"23505": write(app, Insert("sessions", {"metadata": {"unique": 1}}))}
+        refused["42501"] = write(app, Insert("sessions", {"id": theirs}))
+        child = {"session_id": gone, "content": "c", "revision_type": "initial"}
+        orphan = write(app, Insert("session_revisions", child))
+        for number in range(BATCH - 5):
+            write(app, Insert("sessions", {"metadata": {"unique": 100 + number}}))
+        report = app.drain()
+    finally:
+        sql.execute("drop index one_of_a_kind")
+    assert (report.applied, report.rejected) == (BATCH - 4 + 1, 2)
+    letters = {letter["sqlstate"]: letter for letter in operators.dead_letters(app.remote)}
+    assert {code: letter["txn_id"] for code, letter in letters.items()} == refused
+    # The child of a row that somebody deleted isn't refused: it came to nothing, with a record.
+    [record] = operators.conflicts(app.remote, undecided=False)
+    assert (record["txn_id"], record["outcome"]) == (orphan, "deleted")
+    assert app.audit().balanced
+
+
 def test_one_that_always_runs_into_the_statement_timeout_delays_nobody_and_is_not_refused(
     buffered_store, sql
 ):

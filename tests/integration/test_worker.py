@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from syncer.testkit import BufferedApp
 from syncer.testkit.faults import Refuse
 from syncer.volume import Volume
 from syncer.worker import LEASE_S, Lease, Worker
+from tests.integration.dying import Dying, ended, in_child, is_stopped, stop
 from tests.integration.segment_delivery import KEY
 
 USER = "github:42"
@@ -43,18 +46,20 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def worker(app: BufferedApp, folder: Path, holder: str = "one", clock: Any = None) -> Worker:
-    volume = Volume(folder)
+def worker(
+    app: BufferedApp, folder: Path, holder: str = "one", clock: Any = None, remote: Any = None
+) -> Worker:
+    volume, remote = Volume(folder), remote or app.remote
     adopter = Adopter(
         volume,
-        app.remote,
+        remote,
         folder.parent / f"scratch-{holder}",
         tables=SESSION_TABLES,
         keys=[KEY],
         environment="test",
     )
     limits = {"adopt_after_s": 0.0, "ledger_retention_s": 90 * 86_400.0}
-    return Worker(app.remote, volume, adopter, holder=holder, clock=clock, **limits)
+    return Worker(remote, volume, adopter, holder=holder, clock=clock, **limits)
 
 
 def ship(app: BufferedApp, folder: Path, sessions: int = 1) -> list[str]:
@@ -134,6 +139,30 @@ def test_a_pass_that_runs_on_past_its_lease_does_no_harm(app, folder, sql):
     found = sql.execute("select count(*) from sync.ledger").fetchone()
     assert found == (len(ids),)
     assert app.remote.audit()["logs"][0]["duplicated"] == 0
+
+
+def test_a_worker_stopped_past_its_lease_and_continued_doubles_nothing(
+    app, folder, fresh_supabase, sql
+):
+    """Another one does its work meanwhile; the first finds everything done when it goes on."""
+    ids = ship(app, folder, 3)
+    remote = Dying(fresh_supabase.url, fresh_supabase.secret_key, "after commit", stop)
+    pid = in_child(lambda: worker(app, folder, "slow", remote=remote).work(budget_s=30.0))
+    try:
+        assert is_stopped(pid)
+        assert not worker(app, folder, "other").work(budget_s=30.0).leased
+        sql.execute("update sync.leases set expires_at = now() - interval '1 second'")
+        report = worker(app, folder, "other").work(budget_s=30.0)
+        assert (report.leased, report.ok) == (True, True)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        assert ended(pid) == 0
+    assert worker(app, folder, "third").work(budget_s=30.0).ok
+    found = sql.execute("select count(*) from sessions where id = any(%s::uuid[])", [ids])
+    assert found.fetchone() == (3,)
+    assert sql.execute("select count(*) from sync.ledger").fetchone() == (3,)
+    assert app.remote.audit()["logs"][0]["duplicated"] == 0
+    assert not list(folder.rglob("*.seg"))
 
 
 class _Asking:
