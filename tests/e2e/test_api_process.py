@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import psycopg
@@ -12,6 +15,7 @@ from local_store.clock import SystemClock
 from syncer.testkit.api_process import ApiProcess, free_port
 
 PATIENCE_S = 30.0
+STILL_S = 1.5  # several intervals of the flusher, and of the breaker
 
 
 def create(client: httpx.Client, **headers: str) -> dict:
@@ -172,6 +176,25 @@ def test_sigterm_under_load_loses_nothing_acknowledged(api, client, fresh_supaba
     with psycopg.connect(fresh_supabase.database_url) as sql:
         stored = {row[0] for row in sql.execute("select id::text from sessions").fetchall()}
     assert set(acknowledged) <= stored
+
+
+def test_a_process_that_stood_still_goes_on_with_its_requests_and_its_deliveries(
+    api, client, fresh_supabase
+):
+    with fresh_supabase.outage():
+        create(client)
+        os.kill(api.pid, signal.SIGSTOP)
+    asked = ThreadPoolExecutor(1)
+    try:
+        late = asked.submit(create, client)  # the connection is taken, nobody answers
+        SystemClock().sleep(STILL_S)
+    finally:
+        os.kill(api.pid, signal.SIGCONT)
+    assert late.result(PATIENCE_S)["session_id"]
+    until(lambda: drained(client))
+    with psycopg.connect(fresh_supabase.database_url) as sql:
+        assert sql.execute("select count(*) from sessions").fetchone() == (2,)
+    asked.shutdown()
 
 
 def test_use_supabase_false_keeps_buffering_and_sends_nothing(fresh_supabase, tmp_path):

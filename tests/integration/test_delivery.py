@@ -12,7 +12,7 @@ from local_store import Delete, Insert, LocalStore, Update, user_uuid
 from local_store.clock import ManualClock, new_id
 from syncer.audit import audit
 from syncer.flusher import Flusher, FlushReport, drain
-from syncer.migrate import migrate
+from syncer.migrate import load_migrations, migrate
 from syncer.remote import SupabaseRemote, TableRead
 from syncer.sessions.tables import SESSION_TABLES
 from syncer.testkit import wait_until
@@ -22,6 +22,7 @@ from syncer.testkit.local_supabase import LocalSupabase
 
 USER = "github:42"
 RPC = "sync_apply_batch_v1"
+HALF = 8  # up to the ledger: the tables are there, the function isn't
 
 
 @pytest.fixture
@@ -163,7 +164,9 @@ def test_a_wrong_key_pauses_with_auth_and_keeps_everything(store, fresh_supabase
     assert fresh_supabase.anon_key not in report.error
 
 
-def test_a_project_without_the_migrations_stops_with_schema_until_they_are_there(store, clock):
+def test_a_project_without_the_migrations_or_half_of_them_stops_with_schema_until_they_are_there(
+    store, clock
+):
     # A stack of its own: PostgREST reloads its schema cache late, which other tests would meet.
     with LocalSupabase.start(migrated=False) as stack:
         remote = SupabaseRemote(stack.url, stack.secret_key)
@@ -172,6 +175,11 @@ def test_a_project_without_the_migrations_stops_with_schema_until_they_are_there
         report = _until(flusher, clock, "schema")
         assert (report.pending, report.rejected) == (1, 0)
         assert "syncer migrate" in report.error
+        with psycopg.connect(stack.database_url, autocommit=True) as sql:
+            for migration in load_migrations()[:HALF]:  # as one that was killed in the middle
+                sql.execute(migration.sql.encode())
+        report = _until(flusher, clock, "schema")
+        assert (report.pending, report.rejected) == (1, 0)
         migrate(stack.database_url)
         wait_until(lambda: _pass(flusher, clock).applied == 1)
         remote.close()
