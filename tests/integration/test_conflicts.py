@@ -299,6 +299,20 @@ def test_a_delete_takes_children_added_elsewhere_along_and_lists_them(pair, sql)
     assert mine.audit().balanced
 
 
+def test_a_change_taken_back_before_it_was_sent_leaves_the_others_value_and_no_record(pair, sql):
+    mine, theirs = pair
+    row_id = session(mine)
+    learn(theirs, row_id)
+    update(mine, row_id, status="finalized")
+    update(mine, row_id, status="active")
+    update(theirs, row_id, status="abandoned")
+    theirs.drain()
+    mine.drain()
+    assert row_of(sql, row_id)["status"] == "abandoned"
+    assert records(mine) == []
+    assert mine.audit().balanced
+
+
 def test_insert_delete_insert_of_one_row_ends_with_the_row(pair, sql):
     mine, _ = pair
     row_id = session(mine)

@@ -20,6 +20,7 @@ from syncer import operators
 from syncer.flusher import SLOW_RETRY_S
 from syncer.sessions.tables import SESSION_TABLES
 from syncer.testkit import BufferedApp
+from syncer.testkit.faults import DeliverLate
 
 USER, STRANGER = "github:42", "github:43"
 BATCH = 500
@@ -156,6 +157,30 @@ def test_a_row_id_of_somebody_else_is_refused_without_telling_whose(app, buffere
     [letter] = operators.dead_letters(app.remote, full=True)
     assert letter["sqlstate"] == "42501"
     assert "secret" not in str(letter)
+
+
+def test_a_dead_letter_discarded_while_a_copy_is_under_way_never_takes_effect(
+    app, sql, fault_proxy
+):
+    sql.execute("alter table sessions add constraint none check (metadata <> '{\"n\": 1}')")
+    try:
+        bad = write(app, Insert("sessions", {"metadata": {"n": 1}}))
+        fault_proxy.next(DeliverLate(after_newer=1_000), matching="/rpc/sync_apply_batch")
+        assert app.flush_once().stopped == "outage"
+        assert app.drain().rejected == 1
+        operators.discard(app.remote, [bad])
+    finally:
+        sql.execute("alter table sessions drop constraint none")  # now it could take effect
+    fault_proxy.deliver_held()
+    assert fault_proxy.wait_until(lambda log: all(e.upstream_status for e in log if e.fault))
+    assert sql.execute("select count(*) from sessions").fetchone() == (0,)
+    assert sql.execute("select count(*) from sync.ledger where verdict = 'applied'").fetchone() == (
+        0,
+    )
+    app.store.recheck([bad])
+    app.drain()
+    assert app.store.state(bad) == "discarded"
+    assert app.audit().balanced
 
 
 def test_a_missing_parent_is_waited_for_and_delays_nobody(app, buffered_store):

@@ -13,6 +13,7 @@ import pytest
 from local_store.segment_files import load, scan
 from local_store.segment_names import SegmentName
 from local_store.segments import SegmentHeader, SegmentKey, seal
+from syncer.audit import audit
 from tests.unit.shipping_world import KEY, World, create
 
 OTHER_KEY = SegmentKey.derive("the secret of another deployment")
@@ -145,6 +146,15 @@ def test_a_segment_of_another_key_or_environment_is_left_where_it_is_and_told_of
     assert (volume.delivered, report.quarantined, len(report.left)) == (0, (), 6)
     assert len(volume.left()) == 6
     assert volume.work(keys=[OTHER_KEY, KEY]).collected == 6
+
+
+def test_a_missing_segment_is_counted_as_lost_and_stops_no_other(volume: Volume):
+    volume.paths[1].unlink()
+    report = volume.work()
+    assert (volume.delivered, report.collected, report.remaining) == (5, 5, 0)
+    found = audit(volume.world.server)
+    assert not found.balanced
+    assert (found.total.applied, found.total.lost) == (5, 1)
 
 
 def test_strange_names_are_set_aside_and_unfinished_files_left_alone(volume: Volume):

@@ -310,6 +310,25 @@ def test_a_disk_that_stays_broken_refuses_and_recovers_without_a_restart(
     assert [txn.seq for txn in waiting(store)] == [1, 2, 3]
 
 
+def test_a_disk_that_turns_read_only_refuses_writes_answers_reads_and_recovers(
+    store: LocalStore, disk: DiskFaults
+):
+    row_id = add(store, text="kept")
+    rules = [
+        disk.fail_write(suffix, times=None, code=sqlite3.SQLITE_READONLY)
+        for suffix in ("-wal", ".db")
+    ]
+    for _ in range(3):
+        with pytest.raises((CommitUnknown, DiskFailed)):
+            add(store)
+        assert store.get("notes", row_id, user_id=USER)["text"] == "kept"
+    assert rules[0].fired
+    for rule in rules:
+        rule.release()
+    add(store)
+    assert [txn.seq for txn in waiting(store)] == [1, 2]
+
+
 def test_a_descriptor_shortage_while_reopening_is_a_clean_error(
     store: LocalStore, disk: DiskFaults
 ):
