@@ -62,6 +62,8 @@ soak: $(STAMP)
 	@HISTORY_EXAMPLES=5000 $(PYTEST) --timeout 3600 tests/unit/test_history.py
 	@POWER_LOSS_IMAGES=1500 POWER_LOSS_SEED=$${SEED:-100000} $(PYTEST) --timeout 3600 tests/unit/test_power_loss.py
 	@FAULT_TRANSACTIONS=50000 FAULT_SEED=$${SEED:-100000} $(PYTEST) --timeout 3600 tests/integration/test_fault_mix.py
+	@OUTAGE_TRANSACTIONS=100000 $(PYTEST) --timeout 3600 tests/integration/test_network_faults.py -k outage_of_a_day
+	@LONG_RUN_S=$${SOAK_S:-3600} LONG_RUN_SEED=$${SEED:-100000} $(PYTEST) tests/e2e/test_long_run.py
 	@$(BIN)/syncer demo --sessions 3000 --outage-seconds 120 --seed $${SEED:-100000}
 
 # The lock files carry versions and hashes only; the registry is the installer's own setting.
