@@ -1,140 +1,84 @@
 """The API's latencies with 10,000 sessions stored: Supabase up, slow, down; 1 and 50 clients.
 
-The same app, in a process of its own, once on the buffer and once on SupabaseSessionStore, in turns
-on one local Supabase behind the fault proxy. The 50 clients make a call each per second, as people
-do; one client makes its calls back to back.
+The same app in two processes, on the buffer and on SupabaseSessionStore, measured in turns on one
+local Supabase; what makes that slow or lets it go down is a proxy, which isn't there while it is
+up. The 50 clients make a call each per second, as people do; one client makes its calls back to
+back. The clients are a process of their own (api_clients.py).
 
-    python -m benchmarks.api [--write] [--json] [--sessions 10000] [--calls 150]
+    python -m benchmarks.api [--write] [--json] [--sessions 10000] [--calls 150] [--seconds 40]
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import platform
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
 import httpx
 import orjson
 
+from benchmarks.api_clients import LISTED, OPS, Client, Order, Samples
 from local_store.clock import SystemClock
 from syncer.testkit.api_process import free_port
 from syncer.testkit.fault_proxy import FaultProxy
-from syncer.testkit.faults import Delay, Refuse
+from syncer.testkit.faults import Delay, Fault, Refuse
 from syncer.testkit.local_supabase import LocalSupabase
 
 CLOCK = SystemClock()
 RESULTS = Path(__file__).parent / "RESULTS.md"
-OPS = ("create", "resolve", "get", "page of 50", "list of 1000")
-LISTED = 1_000  # sessions of the user whose list is read
 USERS = 50
+SEEDERS = 8
 SLOW_S = 0.3
-PACE_S = 1.0
-Line = dict[str, Any]  # of the table, by column
+PACES_S = (1.0, 0.5, 0.25)  # between two calls of each of the 50 clients
 LIMITS_MS = {"create": 500, "resolve": 500, "get": 200, "page of 50": 500, "list of 1000": 500}
+SLOWER = f"{SLOW_S * 1_000:.0f} ms slower"
+FAULTS: dict[str, Fault] = {SLOWER: Delay(SLOW_S), "down": Refuse()}
+PARTS = ("server", "Supabase", "clients")
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+Line = dict[str, Any]  # of a table, by column
 
 
-@dataclass
-class Samples:
-    """Latencies in ms by op, and calls that weren't answered with 2xx."""
+@dataclass(frozen=True)
+class Api:
+    """A running server: its store, its process, its port."""
 
-    ms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    failed: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    store: str
+    pid: int
+    port: int
 
-
-@dataclass
-class Reply:
-    """What a call was answered with."""
-
-    status: int
-    body: bytes
-
-    @property
-    def ok(self) -> bool:
-        """Tell whether it succeeded."""
-        return 200 <= self.status < 300
-
-
-class Client:
-    """One user of the API, on one connection.
-
-    Of the standard library, which leaves the answer's bytes as they come: some megabytes, which
-    other clients take as long to take apart as the server to send.
-    """
-
-    def __init__(self, url: str, stack: LocalSupabase, number: int) -> None:
-        self._http = HTTPConnection(url.removeprefix("http://"), timeout=60.0)
-        self._headers = {
-            "Authorization": f"Bearer {stack.user_token(f'github:{number}')}",
-            "Content-Type": "application/json",
-        }
-        self._made: list[dict[str, Any]] = []
-
-    def call(self, op: str) -> Reply:
-        """Make one call of a kind."""
-        if op == "create":
-            reply = self._ask("POST", "/api/sessions", {"prompt": "Sort a list by ???"})
-            if reply.ok:
-                self._made.append(orjson.loads(reply.body))
-            return reply
-        if op == "resolve":
-            session = self._made[-1]
-            hole = session["current_draft"]["ambiguities"][0]
-            path = f"/api/sessions/{session['session_id']}/holes/{hole}/resolve"
-            return self._ask("POST", path, {"resolution_text": "by name"})
-        if op == "get":
-            return self._ask("GET", f"/api/sessions/{self._made[-1]['session_id']}")
-        return self._ask("GET", f"/api/sessions?limit={LISTED if op == 'list of 1000' else 50}")
-
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Reply:
-        content = None if body is None else orjson.dumps(body)
-        self._http.request(method, path, content, self._headers)
-        reply = self._http.getresponse()
-        return Reply(reply.status, reply.read())
-
-    def measure(self, op: str, samples: Samples) -> None:
-        """Make one call and note what it took."""
-        began = CLOCK.monotonic()
-        try:
-            ok = self.call(op).ok
-        except (HTTPException, OSError):
-            self._http.close()
-            ok = False
-        except IndexError:  # there is no session to call
-            ok = False
-        samples.ms[op].append((CLOCK.monotonic() - began) * 1_000)
-        samples.failed[op] += not ok
+    def order(self, tokens: list[str], **more: float) -> Order:
+        """Return an order for clients of this server."""
+        return Order("127.0.0.1", self.port, tokens, **more)  # type: ignore[arg-type]
 
 
 @contextmanager
-def api(kind: str, stack: LocalSupabase, proxy: FaultProxy, folder: Path) -> Any:
-    """Run the app on a store of this kind; yields its address."""
+def api(kind: str, stack: LocalSupabase, url: str, folder: Path) -> Iterator[Api]:
+    """Run the app on a store of this kind, with Supabase at a URL."""
     port = free_port()
     env = {
         **os.environ,
         **stack.env(),
-        "SUPABASE_URL": proxy.url,
+        "SUPABASE_URL": url,
         "SYNCER_DATA_DIR": str(folder / kind),
         "SYNCER_PORT": str(port),
         "SYNCER_WATCH_INTERVAL_S": "0",
+        "SYNCER_LOG_LEVEL": "warning",
     }
     process = subprocess.Popen([sys.executable, "-m", "benchmarks.api_server", kind], env=env)
-    url = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: httpx.get(f"{url}/health/ready").is_success)
-        yield url
+        until(lambda: httpx.get(f"http://127.0.0.1:{port}/health/ready").is_success)
+        yield Api("buffer" if kind == "buffered" else "none", process.pid, port)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
@@ -153,81 +97,65 @@ def until(condition: Callable[[], bool], timeout_s: float = 300.0) -> None:
     raise TimeoutError("did not happen in time")
 
 
-def seed(url: str, stack: LocalSupabase, sessions: int) -> None:
+async def seed(order: Order, sessions: int) -> None:
     """Store sessions through the API: 1000 of the first user, the others' in equal parts."""
     users = [0] * LISTED + [1 + n % (USERS - 1) for n in range(max(0, sessions - LISTED))]
-    parts = [users[n::8] for n in range(8)]
 
-    def store(part: list[int]) -> None:
-        clients = {number: Client(url, stack, number) for number in sorted(set(part))}
+    async def store(part: list[int]) -> None:
+        clients = {number: Client(order, order.tokens[number]) for number in set(part)}
         for number in part:
-            assert clients[number].call("create").ok
+            assert await clients[number].call("create")
 
-    threads = [threading.Thread(target=store, args=(part,)) for part in parts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    await asyncio.gather(*(store(users[n::SEEDERS]) for n in range(SEEDERS)))
 
 
-def one_client(url: str, stack: LocalSupabase, calls: int) -> Samples:
-    """Call back to back, the kinds in turn."""
-    samples, client = Samples(), Client(url, stack, 0)
-    for number in range(calls):
-        for op in OPS:
-            if op != "list of 1000" or number % 3 == 0:
-                client.measure(op, samples)
-    return samples
+def measured(order: Order) -> Samples:
+    """Let the clients carry out an order in their own process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.api_clients"],
+        input=orjson.dumps(asdict(order)),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return Samples(**orjson.loads(done.stdout))
 
 
-def fifty_clients(url: str, stack: LocalSupabase, seconds: float) -> Samples:
-    """Each client makes a call per second, at its own moment of it."""
-    found = [Samples() for _ in range(USERS)]
-    clients = [Client(url, stack, number) for number in range(USERS)]
-    for client in clients:
-        client.measure("create", Samples())  # its connection, its token, the user's buffer
-    began = CLOCK.monotonic()
-
-    def use(number: int) -> None:
-        client = clients[number]
-        due = began + number / USERS * PACE_S
-        turn = 0
-        while due < began + seconds:
-            CLOCK.sleep(max(0.0, due - CLOCK.monotonic()))
-            kinds = OPS if number == 0 else OPS[:4]
-            client.measure(kinds[turn % len(kinds)], found[number])
-            turn, due = turn + 1, due + PACE_S
-
-    threads = [threading.Thread(target=use, args=(number,)) for number in range(USERS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    total = Samples()
-    for samples in found:
-        for op, values in samples.ms.items():
-            total.ms[op] += values
-            total.failed[op] += samples.failed[op]
-    return total
+def cpu_s(pid: int) -> float:
+    """Return the processor time that a process and its descendants have used."""
+    try:
+        used = sum(
+            map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])
+        )
+        below = [
+            int(p)
+            for f in Path(f"/proc/{pid}/task").glob("*/children")
+            for p in f.read_text().split()
+        ]
+    except OSError:  # it has ended
+        return 0.0
+    return used * TICK_S + sum(map(cpu_s, below))
 
 
-def rows_of(store: str, condition: str, clients: str, samples: Samples) -> list[Line]:
-    """Return one measurement's part of the table."""
+def p95(values: list[float]) -> float:
+    """Return the value that 95 of 100 don't exceed."""
+    return sorted(values)[int(len(values) * 0.95)]
+
+
+def lines_of(store: str, condition: str, clients: str, samples: Samples) -> list[Line]:
+    """Return the table's part of one measurement."""
     lines: list[Line] = []
     for op in OPS:
-        values = sorted(samples.ms[op])
+        values = sorted(samples.ms.get(op, ()))
         if not values:
             continue
-        p50, p95, p99 = (values[int(len(values) * share)] for share in (0.5, 0.95, 0.99))
+        shares = {"p50_ms": 0.5, "p95_ms": 0.95, "p99_ms": 0.99}
         lines.append(
             {
                 "call": op,
                 "clients": clients,
                 "supabase": condition,
                 "buffer": store,
-                "p50_ms": p50,
-                "p95_ms": p95,
-                "p99_ms": p99,
+                **{name: values[int(len(values) * share)] for name, share in shares.items()},
                 "calls": len(values),
                 "failed": samples.failed[op],
             }
@@ -247,37 +175,95 @@ def as_row(line: Line) -> str:
     )
 
 
-def play(sessions: int, calls: int, seconds: float) -> list[Line]:
-    """Measure all; returns the lines of the table."""
-    lines: list[Line] = []
+def as_load(line: Line) -> str:
+    """Return a line of the table of loads."""
+    times = [f"{line['p95_ms'][op]:.1f}" for op in OPS]
+    shares = [f"{share * 100:.0f} %" for share in line["cores"].values()]
+    return f"| {line['calls_s']:.0f} | {' | '.join([*times, *shares])} |"
+
+
+class Play:
+    """The servers on one stack, and what is measured of them."""
+
+    def __init__(self, stack: LocalSupabase, apis: list[Api], calls: int, seconds: float) -> None:
+        self._stack, self._apis = stack, apis
+        self._calls, self._seconds = calls, seconds
+        self._buffered = next(api for api in apis if api.store == "buffer")
+        self._tokens = [stack.user_token(f"github:{number}") for number in range(USERS)]
+
+    def seed(self, sessions: int) -> None:
+        """Store the sessions on the buffer and wait until Supabase has them."""
+        asyncio.run(seed(self._buffered.order(self._tokens), sessions))
+        health = f"http://127.0.0.1:{self._buffered.port}/health"
+        until(lambda: bool(httpx.get(health).json()["pending"] == 0))
+
+    def latencies(self, condition: str) -> list[Line]:
+        """Measure in one condition, the stores in turns."""
+        lines: list[Line] = []
+        for clients in ("1", "50"):
+            for api in self._apis:
+                samples = measured(self._order(api, clients, condition))
+                found = lines_of(api.store, condition, clients, samples)
+                print("\n".join(map(as_row, found)), file=sys.stderr, flush=True)
+                lines += found
+        return lines
+
+    def _order(self, api: Api, clients: str, condition: str) -> Order:
+        """Of what takes its time by design, the order is for less."""
+        slowly = (api.store != "buffer") + (condition == SLOWER)
+        if clients == "1":
+            return api.order(self._tokens[:1], calls=max(10, self._calls // (1, 3, 10)[slowly]))
+        seconds = self._seconds / (1 if api.store == "buffer" else 2)
+        return api.order(self._tokens, seconds=seconds)
+
+    def loads(self) -> list[Line]:
+        """Measure p95 at rising loads on the buffer, with each part's share of a core."""
+        lines: list[Line] = []
+        for pace_s in PACES_S:
+            order = self._buffered.order(self._tokens, seconds=self._seconds / 2, pace_s=pace_s)
+            before, began = self._cpu_s(), CLOCK.monotonic()
+            found = measured(order)
+            took_s = CLOCK.monotonic() - began
+            used = [now - was for now, was in zip(self._cpu_s(), before, strict=True)]
+            lines.append(
+                {
+                    "calls_s": USERS / pace_s,
+                    "p95_ms": {op: p95(found.ms[op]) for op in OPS},
+                    "cores": {part: s / took_s for part, s in zip(PARTS, used, strict=True)},
+                }
+            )
+            print(as_load(lines[-1]), file=sys.stderr, flush=True)
+        return lines
+
+    def _cpu_s(self) -> tuple[float, float, float]:
+        """Return what the server, Supabase and ended clients have used."""
+        clients = os.times()
+        used = clients.children_user + clients.children_system
+        return cpu_s(self._buffered.pid), sum(map(cpu_s, self._stack.pids())), used
+
+
+def play(sessions: int, calls: int, seconds: float) -> tuple[list[Line], list[Line]]:
+    """Measure all; returns the lines of the two tables."""
     with tempfile.TemporaryDirectory(dir=".") as name, LocalSupabase.start() as stack:
         host, port = stack.url.removeprefix("http://").split(":")
-        with FaultProxy.start(host, int(port)) as proxy:
-            for kind, store in (("buffered", "buffer"), ("supabase", "none")):
-                with api(kind, stack, proxy, Path(name)) as url:
-                    if kind == "buffered":
-                        seed(url, stack, sessions)
-                        until(lambda: httpx.get(f"{url}/health").json()["pending"] == 0)
-                    lines += measure_all(url, stack, proxy, store, calls, seconds)
-    return lines
 
+        @contextmanager
+        def playing(url: str) -> Iterator[Play]:
+            with (
+                api("buffered", stack, url, Path(name)) as buffered,
+                api("supabase", stack, url, Path(name)) as direct,
+            ):
+                yield Play(stack, [buffered, direct], calls, seconds)
 
-def measure_all(
-    url: str, stack: LocalSupabase, proxy: FaultProxy, store: str, calls: int, seconds: float
-) -> list[Line]:
-    """Measure one app in each condition."""
-    lines: list[Line] = []
-    conditions = (("up", None), ("300 ms slower", Delay(SLOW_S)), ("down", Refuse()))
-    for condition, fault in conditions:
-        proxy.clear()
-        if fault is not None:
-            proxy.set(fault)
-        fewer = calls if store == "buffer" or condition == "up" else max(10, calls // 10)
-        lines += rows_of(store, condition, "1", one_client(url, stack, fewer))
-        lines += rows_of(store, condition, "50", fifty_clients(url, stack, seconds))
-        print(f"{store}, {condition}: measured", file=sys.stderr, flush=True)
-    proxy.clear()
-    return lines
+        with playing(stack.url) as run:
+            run.seed(sessions)
+            lines, loads = run.latencies("up"), run.loads()
+        with FaultProxy.start(host, int(port)) as proxy, playing(proxy.url) as run:
+            for condition, fault in FAULTS.items():
+                proxy.set(fault)
+                lines += run.latencies(condition)
+    lines.sort(key=lambda line: str(line["buffer"]))  # the buffer's first
+    return lines, loads
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -287,24 +273,33 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--sessions", type=int, default=10_000)
     parser.add_argument("--calls", type=int, default=150)
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--seconds", type=float, default=40.0)
     given = parser.parse_args(arguments)
-    sys.setswitchinterval(0.0005)  # the clients share this process, not each other's time
-    lines = play(given.sessions, given.calls, given.seconds)
+    latencies, loads = play(given.sessions, given.calls, given.seconds)
     today = datetime.now(UTC).date()
     text = "\n".join(
         [
             f"{today}, {platform.machine()}, {os.cpu_count()} cores, Python"
-            f" {platform.python_version()}; {given.sessions:,} sessions stored. Milliseconds; the"
-            " last column: how often the plan's limit for p95 is met, or what failed.",
+            f" {platform.python_version()}; {given.sessions:,} sessions stored. Postgres, PostgREST"
+            " and the clients run on the same cores. 50 clients make 50 calls a second, whatever"
+            " became of those before. Milliseconds; the last column: how often the plan's limit"
+            " for p95 is met, or what failed.",
             "",
             "| call | clients | Supabase | buffer | p50 | p95 | p99 | |",
             "|---|---|---|---|---|---|---|---|",
-            *map(as_row, lines),
+            *map(as_row, latencies),
+            "",
+            "The p95 in ms of 50 clients that make more calls, Supabase up, and the share of a"
+            " core that each part takes:",
+            "",
+            f"| calls/s | {' | '.join(OPS)} | {' | '.join(PARTS)} |",
+            f"|{'---|' * (1 + len(OPS) + len(PARTS))}",
+            *map(as_load, loads),
         ]
     )
     if given.json:
-        print(orjson.dumps({"sessions": given.sessions, "calls": lines}).decode())
+        document = {"sessions": given.sessions, "calls": latencies, "loads": loads}
+        print(orjson.dumps(document).decode())
     elif not given.write:
         print(text)
     if not given.write:
