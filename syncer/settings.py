@@ -78,8 +78,9 @@ class Settings(BaseSettings):
     parent_wait_s: float = _syncer("parent_wait_s", 3_600.0, ge=0, le=30 * 86_400)
     # Longer than any buffer is offline: a transaction older than the ledger's memory is fenced.
     ledger_retention_s: float = _syncer("ledger_retention_s", 90 * 86_400.0, ge=3_600)
-    # A reader waits this long for fresher rows before the local copy is shown as stale.
-    read_through_ms: int = _syncer("read_through_ms", 500, ge=0, le=10_000)
+    # A reader waits this long for fresher rows before the local copy is shown as stale: a session
+    # is to be shown within 200 ms however slow Supabase is.
+    read_through_ms: int = _syncer("read_through_ms", 150, ge=0, le=10_000)
     # One small read: a table that lies open is noticed within it. 0: never.
     watch_interval_s: float = _syncer("watch_interval_s", 60.0, ge=0, le=86_400)
     # Compares this buffer's account with the server's, and a part of its rows. 0: never.

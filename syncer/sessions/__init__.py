@@ -18,10 +18,10 @@ from syncer.sessions.errors import (
     InvalidCursor,
     SessionNotFound,
 )
+from syncer.sessions.guarded_reads import GuardedReads
 from syncer.sessions.manager import SpecSessionManager
 from syncer.sessions.memory_store import InMemorySessionStore, MemoryRows
 from syncer.sessions.models import HoleResolution, IRDraft, PromptRevision, PromptSession
-from syncer.sessions.read_through import GuardedReads
 from syncer.sessions.session_store import BufferedSessionStore
 from syncer.sessions.store_api import RequestKey, SessionPage, SessionStore, SyncInfo
 from syncer.sessions.supabase_store import SupabaseSessionStore

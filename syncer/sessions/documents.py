@@ -82,7 +82,12 @@ class Documents:
     def _keep(self, documents: dict[tuple[str, str], Document]) -> None:
         with self._lock:
             for key, document in documents.items():
-                before = self._kept.pop(key, None)
+                before = self._kept.get(key)
+                if before is document:
+                    self._kept.move_to_end(key)
+                    continue
+                if before is not None:
+                    del self._kept[key]
                 self._bytes += len(document.text) - (len(before.text) if before else 0)
                 self._kept[key] = document
             while self._bytes > self._bytes_max:

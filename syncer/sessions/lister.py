@@ -85,7 +85,7 @@ class Lister:
         try:
             if len(versions) == len(clean) and is_digest_of(told.result(), versions):
                 return Listed(asked.cut(_places(here)), True, here)
-            return self._joined(through, asked, here, versions, end)
+            return self._joined(through, asked, here, versions)
         except (RemoteUnavailable, LocalStoreError):
             return Listed(asked.cut(_places(here)), False, here)
 
@@ -105,9 +105,12 @@ class Lister:
         asked: _Asked,
         here: Mapping[str, Shown],
         versions: Mapping[str, RowVersions],
-        end: float,
     ) -> Listed:
-        """Ask the server for the page and bring up to date here what it has otherwise."""
+        """Ask the server for the page and bring up to date here what it has otherwise.
+
+        It answered in time, or there is little here to show instead: that is worth waiting for.
+        """
+        end = through.end_of_fetch()
         there = through.listed(asked.status, asked.limit, asked.after, versions, end)
         page = self._cut(asked, here, there.stretch)
         row_ids = [row["id"] for row in page.rows]

@@ -1,19 +1,20 @@
 """Fresher rows from the server, when it can be asked within a short budget.
 
+The budget is for what is held here: late, the copy is shown instead. What isn't held has no copy,
+so that its reader waits for up to 2 s.
+
 Rows go into the local copy only together with their whole session, children first: a session row
 that is held here promises that its children are held too.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from local_store import LocalStore, Row, user_uuid
-from local_store.clock import Clock, SystemClock
-from syncer.core.breaker import Breaker
+from local_store.clock import Clock
 from syncer.errors import RemoteUnavailable, SyncError
 from syncer.remote import TableRead
 from syncer.sessions.aggregate import PARTS, SessionRows
@@ -37,72 +38,8 @@ from syncer.sessions.server_reads import (
 from syncer.sessions.store_api import RowVersions
 from syncer.sessions.tables import SESSIONS
 
+FETCH_S = 2.0  # where there is nothing to show instead; far above what a slow server takes
 _DERIVED = ("current_ir",)  # repeats a draft's content; not worth keeping twice
-
-
-class GuardedReads:
-    """A remote's reads with a breaker of their own, shared by all requests of a process.
-
-    An outage must not cost every reader the whole budget, nor a struggling project more than one
-    probe per `interval_s`. `watch` hears when the server answers and when reads stop asking it.
-    """
-
-    def __init__(
-        self,
-        remote: Reads | None,
-        *,
-        allowed: Callable[[], bool] = lambda: True,
-        watch: Callable[[bool], None] = lambda answered: None,
-        interval_s: float = 5.0,
-        clock: Clock | None = None,
-    ) -> None:
-        self._remote = remote
-        self._allowed = allowed
-        self._watch = watch
-        self._clock = clock or SystemClock()
-        self._lock = threading.Lock()
-        self._breaker = Breaker(interval_s=interval_s)
-
-    def usable(self) -> bool:
-        """Tell whether a read may go out now."""
-        return (
-            self._remote is not None
-            and self._allowed()
-            and self._breaker.allows(self._clock.monotonic())
-        )
-
-    def read(
-        self, user_id: str, reads: Sequence[TableRead], *, timeout_s: float | None = None
-    ) -> list[list[Row]]:
-        """Pass the read on, unless the last one failed within the interval."""
-        if self._remote is None or not self._claim():
-            raise RemoteUnavailable("Supabase can't be asked now", hint="try again later")
-        try:
-            answer = self._remote.read(user_id, reads, timeout_s=timeout_s)
-        except SyncError:
-            with self._lock:
-                self._breaker = self._breaker.after_failure(self._clock.monotonic(), 0.0)
-                is_open = self._is_open()
-            if is_open:
-                self._watch(False)
-            raise
-        with self._lock:
-            self._breaker = self._breaker.after_success()
-        self._watch(True)
-        return answer
-
-    def _claim(self) -> bool:
-        with self._lock:
-            now = self._clock.monotonic()
-            if not self._breaker.allows(now):
-                return False
-            if self._is_open():
-                # The one probe of this interval; the others wait for what it finds.
-                self._breaker = self._breaker.after_failure(now, 0.0)
-            return True
-
-    def _is_open(self) -> bool:
-        return self._breaker.failures >= self._breaker.failures_max
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,22 +69,33 @@ class ReadThrough:
         self._budget_s = budget_s
         self._clock = clock
 
-    def session(self, session_id: str, here: RowVersions | None = None) -> bool:
+    def refresh(self, session_id: str, here: RowVersions | None) -> bool:
         """Refresh one session, or drop it here when the server has none; tells whether it had to.
 
-        `here` are its rows' versions, where it is held and has no changes. Raises
-        RemoteUnavailable when the server can't be asked in time.
+        `here` are its rows' versions; None while they have changes. Raises RemoteUnavailable when
+        the server can't be asked in time.
         """
+        return self._one(session_id, here, self.end_of_budget())
+
+    def fetch(self, session_id: str) -> None:
+        """Take a session that isn't held here, if the server has it; raises as `refresh` does."""
+        self._one(session_id, None, self.end_of_fetch())
+
+    def _one(self, session_id: str, here: RowVersions | None, end: float) -> bool:
         as_of = self._store.change_counter()
-        found = whole_sessions(self._asking(self.end_of_budget()), [session_id])
+        found = whole_sessions(self._asking(end), [session_id])
         if here is not None and [versions_in(rows) for rows in found] == [here]:
             return False
         self._take(found, [session_id], as_of)
         return True
 
     def end_of_budget(self) -> float:
-        """Return until when, on the monotonic clock, one reader may wait for the server."""
+        """Return until when, on the monotonic clock, a reader waits who has the local copy."""
         return self._clock.monotonic() + self._budget_s
+
+    def end_of_fetch(self) -> float:
+        """Return until when a reader waits who has none."""
+        return self._clock.monotonic() + max(self._budget_s, FETCH_S)
 
     def digests(
         self,
@@ -159,7 +107,7 @@ class ReadThrough:
     ) -> list[list[Row]]:
         """Ask what `is_digest_of` compares with the versions of a page and of one session more.
 
-        Both leave out the sessions `but`. Raises RemoteUnavailable as `session` does.
+        Both leave out the sessions `but`. Raises RemoteUnavailable as `refresh` does.
         """
         return self._asking(end)(digests_of(status, limit, after, but))
 
@@ -173,7 +121,7 @@ class ReadThrough:
     ) -> Listing:
         """Ask for a page of the list and for the versions of the sessions guessed to be on it.
 
-        Changes nothing here. Raises RemoteUnavailable as `session` does.
+        Changes nothing here. Raises RemoteUnavailable as `refresh` does.
         """
         as_of = self._store.change_counter()
         ask, ids = self._asking(end), list(guessed)

@@ -129,7 +129,7 @@ class BufferedSessionStore(RowSessionStore):
             rows = self._found(row_id)
         elif not held.unsettled:
             try:
-                is_news = self._ask_for(row_id, versions_in(rows))
+                is_news = self._is_news(row_id, versions_in(rows))
                 rows = self._rows(row_id) if is_news else rows
             except (RemoteUnavailable, LocalStoreError):
                 # A buffer that takes no more refreshes, because the disk is full, still answers.
@@ -144,11 +144,11 @@ class BufferedSessionStore(RowSessionStore):
         shown, stale = self._shown(row_id), False
         if shown is None:
             if not self._is_held(row_id):
-                self._ask_for(row_id)
+                self._fetch(row_id)
             shown = self._shown(row_id)
         elif not shown.unsettled:
             try:
-                if self._ask_for(row_id, shown.document.versions):
+                if self._is_news(row_id, shown.document.versions):
                     shown = self._shown(row_id)
             except (RemoteUnavailable, LocalStoreError):
                 stale = True
@@ -239,22 +239,30 @@ class BufferedSessionStore(RowSessionStore):
         return rows_of(held)
 
     def _fetch(self, session_id: str) -> SessionRows | None:
-        self._ask_for(session_id)
+        """Bring a session here that isn't held; raises RemoteUnavailable, where there is a server,
+        when it can't be asked.
+        """
+        if self._through is not None:
+            self._check_usable(session_id)
+            self._through.fetch(session_id)
         return self._rows(session_id)
 
-    def _ask_for(self, session_id: str, here: RowVersions | None = None) -> bool:
-        """Bring a session up to date where there is a server; tells whether it wasn't as `here`.
+    def _is_news(self, session_id: str, here: RowVersions | None) -> bool:
+        """Bring a held session up to date where there is a server; tells whether it wasn't.
 
-        Raises RemoteUnavailable when the server can't be asked.
+        Raises RemoteUnavailable when the server can't be asked within the read budget.
         """
         if self._through is None:
             return False
+        self._check_usable(session_id)
+        return self._through.refresh(session_id, here)
+
+    def _check_usable(self, session_id: str) -> None:
         if not self._remote_usable():
             raise RemoteUnavailable(
                 f"session {session_id} isn't held here and Supabase can't be asked",
                 hint="try again later",
             )
-        return self._through.session(session_id, here)
 
     def _list(
         self, status: SessionStatus | None, limit: int | None, cursor: str | None

@@ -9,17 +9,21 @@ from typing import Any
 
 from local_store import LocalStore, Row, user_uuid
 from local_store.ops import Outcome
-from syncer.errors import RemoteUnavailable
+from syncer.errors import RemoteUnavailable, ReplyTimedOut
 from syncer.remote import TableRead
 from tests.simulation.model_rows import answered_all
 
 
 class ReadServer:
-    """Holds rows per table; answers reads as a user, counts them, can be down."""
+    """Holds rows per table; answers reads as a user, counts them, can be down or slow.
+
+    No time passes: who would have given up before `takes_s` is told that it did.
+    """
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Row]] = {}
         self.is_down = False
+        self.takes_s = 0.0
         self.calls = 0
         self._ticks = 0
 
@@ -29,6 +33,8 @@ class ReadServer:
         self.calls += 1
         if self.is_down:
             raise RemoteUnavailable("down for the test")
+        if timeout_s is not None and timeout_s < self.takes_s:
+            raise ReplyTimedOut("slow for the test")
         return copy.deepcopy(answered_all(lambda table: self._rows_of(table, user_id), reads))
 
     def _rows_of(self, table: str, user_id: str) -> list[Row]:
