@@ -219,15 +219,27 @@ def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
 
 def migrate(connection: sqlite3.Connection) -> None:
     """Bring the file to the newest schema; the folder lock is held."""
-    db = Database(connection)
     known = [migration.name for migration in migrations._migrations]
-    foreign = [m.name for m in migrations.applied(db) if m.name not in known]
+    applied = _applied(connection)
+    foreign = [name for name in applied if name not in known]
     if foreign:
         raise SchemaTooNew(foreign[-1], known[-1])
-    if migrations.pending(db):
-        migrations.apply(db)
+    if set(applied) != set(known):
+        migrations.apply(Database(connection))
     if not is_whole(connection):
         raise SchemaDamaged("the schema isn't the one that was made")
+
+
+def _applied(connection: sqlite3.Connection) -> list[str]:
+    """Return what the file has seen of our migrations, in order; looked up with each open."""
+    table = migrations.migrations_table
+    has_table = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
+    if connection.execute(has_table, (table,)).fetchone() is None:
+        return []
+    found = connection.execute(
+        f"SELECT name FROM {table} WHERE migration_set = ? ORDER BY rowid", (migrations.name,)
+    )
+    return [name for (name,) in found.fetchall()]
 
 
 def note_end(connection: sqlite3.Connection, mark: tuple[str, int] | None) -> bool:

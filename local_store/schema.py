@@ -252,12 +252,15 @@ _TRIGGERS = (
 )
 
 
+_MADE = frozenset(
+    text.strip() for text in (*_TABLES, *_TRIGGERS) if text.lstrip().startswith("CREATE")
+)
+
+
 def is_whole(connection: sqlite3.Connection) -> bool:
     """Tell whether every table, index and trigger is as it was made: no record of it suffices."""
     stored = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")
-    found = {text.strip() for (text,) in stored}
-    made = (*_TABLES, *_TRIGGERS)
-    return all(text.strip() in found for text in made if text.lstrip().startswith("CREATE"))
+    return {text.strip() for (text,) in stored} >= _MADE
 
 
 @migrations()

@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from local_store import LocalStore
+from local_store import LocalStore, space
 from local_store.clock import ManualClock
 from local_store.ops import Row, TableSpec
 from syncer.core.batch import Batch
@@ -31,6 +31,7 @@ from tests.simulation.remote_model import RemoteModel
 Image = dict[str, bytes]
 CALL_S = 0.2
 _SHARED_MEMORY = "-shm"  # made anew by the first who opens the file
+_LEFT_ALONE = (space.FILE_NAME,)  # a MiB of zeros, given up on a full disk only
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ def image_of(folder: Path) -> Image:
     return {
         entry.name: Path(entry.path).read_bytes()
         for entry in os.scandir(folder)
-        if entry.is_file() and not entry.name.endswith(_SHARED_MEMORY)
+        if entry.is_file()
+        and entry.name not in _LEFT_ALONE
+        and not entry.name.endswith(_SHARED_MEMORY)
     }
 
 
@@ -67,7 +70,7 @@ def restore(folder: Path, image: Image) -> None:
     for entry in list(os.scandir(folder)):
         if entry.is_dir():
             shutil.rmtree(entry.path)
-        elif entry.name not in image:
+        elif entry.name not in image and entry.name not in _LEFT_ALONE:
             os.unlink(entry.path)
     for name, content in image.items():
         descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o600)
