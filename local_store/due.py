@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -16,8 +17,9 @@ from local_store.adopting import Sealed
 from local_store.decoding import RecordDamaged, decode_before, decode_ops
 from local_store.op_log import DUE_AHEAD_MAX_S, narrowing, read_marks, touched_by
 from local_store.ops import DueWork, PendingTransaction, Selection, TableSpec, WireOp
-from local_store.rows import base_of, standing
+from local_store.rows import standing
 from local_store.schema import SETTLED, intact
+from local_store.views import Key
 
 USERS_MAX = 50  # in one batch: the server changes its role once for each
 QUOTA_MIN = 10  # and several transactions of one author in a row are what it is fast at
@@ -32,6 +34,28 @@ _IS_DUE = "(t.due_at <= ? OR t.due_at > ?)"
 _ASKS = "l.parked = 1 AND (l.due_at <= ? OR l.due_at > ?)"
 _TURNS = "turns t CROSS JOIN op_log l ON l.position = t.position"
 Found = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """Where the rows of a transaction stand: version and last merge, as they are known here.
+
+    `stored` bases are those of a transaction that was applied before and is sent again. What
+    another buffer `sealed` outranks what is known here: it was there.
+    """
+
+    stood: Mapping[Key, tuple[str | None, str | None]]
+    stored: Mapping[str, str | None] | None
+    sealed: Sealed
+
+    def base(self, key: Key) -> str | None:
+        """Return the version that a change of a row is made on."""
+        return self.stood[key][0] if self.stored is None else self.stored.get("/".join(key))
+
+    def met(self) -> dict[str, str | None]:
+        """Return for each row what a merge last met on it, here or in the buffer that sealed it."""
+        named = {"/".join(key): met for key, (_, met) in self.stood.items()}
+        return {name: self.sealed.met.get(name, met) for name, met in named.items()}
 
 
 class Due:
@@ -239,7 +263,9 @@ def _complete(
     _check_touches(connection, tables, position, ops, taken_along)
     known = None if stored is None else orjson.loads(stored)
     told = Sealed.decode(sealed)
-    bases, chained, after = _predecessors(connection, tables, position, ops, known, told)
+    stood = {key: standing(connection, key) for key in {(op.table, op.id): None for op in ops}}
+    ground = Ground(stood, known, told)
+    bases, chained, after = _predecessors(connection, tables, position, ops, ground)
     return PendingTransaction(
         seq=seq,
         txn_id=txn_id,
@@ -256,7 +282,7 @@ def _complete(
         log_id=log_id,
         before=decode_before(before, ops, schemas, tables),
         children=tuple(taken_along),
-        met=_met(connection, ops, told),
+        met=ground.met(),
         records=tuple(orjson.loads(records)),
         parked=bool(parked),
         held_since=held_since,
@@ -286,14 +312,10 @@ def _predecessors(
     tables: Mapping[str, TableSpec],
     position: int,
     ops: Sequence[WireOp],
-    stored: Mapping[str, str | None] | None,
-    sealed: Sealed,
+    ground: Ground,
 ) -> tuple[tuple[str | None, ...], tuple[bool, ...], tuple[str, ...]]:
-    """Find what each op builds on: a server version, or an unsettled change that goes first.
-
-    `stored` bases are those of a transaction that was applied before and is sent again. What
-    another buffer `sealed` outranks what is known here: it was there.
-    """
+    """Find what each op builds on: a server version, or an unsettled change that goes first."""
+    sealed = ground.sealed
     bases: list[str | None] = []
     chained: list[bool] = []
     after: dict[str, None] = dict.fromkeys(sealed.after)  # ordered and without doubles
@@ -318,20 +340,9 @@ def _predecessors(
         if follows or op.kind == "insert":
             bases.append(None)
         else:
-            bases.append(base_of(connection, key) if stored is None else stored.get(name))
+            bases.append(ground.base(key))
         seen.add(key)
     return tuple(bases), tuple(chained), tuple(after)
-
-
-def _met(
-    connection: sqlite3.Connection, ops: Sequence[WireOp], sealed: Sealed
-) -> dict[str, str | None]:
-    """Return for each row what a merge last met on it, here or in the buffer that sealed it."""
-    known = {f"{op.table}/{op.id}": (op.table, op.id) for op in ops}
-    return {
-        name: sealed.met[name] if name in sealed.met else standing(connection, key)[1]
-        for name, key in known.items()
-    }
 
 
 def _last_touch(connection: sqlite3.Connection, key: tuple[str, str], position: int) -> list[str]:

@@ -237,9 +237,8 @@ def settle(
     connection.execute(
         f"DELETE FROM touches WHERE position = ? AND stage = {REPLAYED}", (position,)
     )
-    connection.execute(f"UPDATE touches SET stage = {SETTLED} WHERE position = ?", (position,))
     keys = connection.execute(
-        "SELECT tbl, id FROM touches WHERE position = ?", (position,)
+        f"UPDATE touches SET stage = {SETTLED} WHERE position = ? RETURNING tbl, id", (position,)
     ).fetchall()
     for key in keys:
         fold(connection, tables, key, counter)
