@@ -175,14 +175,14 @@ class Flusher:
             report = self._flush_once()
             with suppress(LocalStoreError):  # a full disk, say: the next pass tidies
                 self._store.tidy()
-            return replace(report, took_s=self._clock.monotonic() - began)
+            return self._report(report, began)
 
     def _flush_once(self) -> FlushReport:
         if not self._breaker.allows(self._clock.monotonic()):
-            return self._report(FlushReport(stopped="outage"))
+            return FlushReport(stopped="outage")
         batch, undecided = self._next_batch()
         if not batch.transactions and not undecided:
-            return self._report(FlushReport(stopped="empty"))
+            return FlushReport(stopped="empty")
         self._after_user = next_turn(self._after_user, (*batch.transactions, *undecided))
         report = FlushReport(sent=len(batch.transactions) + len(undecided), stopped="budget")
         try:
@@ -199,8 +199,8 @@ class Flusher:
             if parks:
                 report = self._park(batch, parks, report)
         except SyncError as error:
-            return self._report(self._after_failure(batch, error, report))
-        return self._report(report)
+            return self._after_failure(batch, error, report)
+        return report
 
     def _next_batch(self) -> tuple[Batch, list[PendingTransaction]]:
         """Return what to send, and what a merge left to a person and is to be parked."""
@@ -353,8 +353,11 @@ class Flusher:
         except SyncError as later:
             return self._after_failure(batch, later, report)
 
-    def _report(self, report: FlushReport) -> FlushReport:
-        return replace(report, pending=self._store.backlog(), breaker=self.breaker)
+    def _report(self, report: FlushReport, began: float | None = None) -> FlushReport:
+        """Say what is left; `began` is when the pass had its turn on the folder."""
+        pending, breaker = self._store.backlog(), self.breaker
+        took_s = 0.0 if began is None else self._clock.monotonic() - began
+        return replace(report, pending=pending, breaker=breaker, took_s=took_s)
 
 
 def _tally(report: FlushReport, verdicts: Sequence[Verdict]) -> FlushReport:

@@ -11,9 +11,9 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
-from local_store import LocalStore, Receipt
+from local_store import Delete, Insert, LocalStore, Receipt, Update
 from local_store.clock import Clock, SystemClock, new_id
 from local_store.door import canonical_uuid
 from local_store.errors import CommitUnknown, LocalStoreError
@@ -77,6 +77,24 @@ class Events:
     people: Mapping[str, tuple[str, ...]]
 
 
+def _kept(ops: Sequence[Op]) -> tuple[Op, ...]:
+    """Return the ops as they are now, whatever their caller does to the values afterwards."""
+    return tuple(_kept_one(op) for op in ops)
+
+
+def _kept_one(op: Op) -> Op:
+    match op:
+        case Insert():
+            return Insert(op.table, copy.deepcopy(dict(op.values)))
+        case Update():
+            changes = copy.deepcopy(dict(op.changes))
+            return Update(op.table, op.id, changes, op.expected_version)
+        case Delete():
+            return op  # holds nothing that changes
+        case _:
+            assert_never(op)
+
+
 class OpenCall:
     """A call under way: say how it ended, or let an exception say it."""
 
@@ -128,7 +146,7 @@ class History:
         Without a word from the body, an error that says "nothing was written" means refused, any
         other way out means unknown.
         """
-        call, kept, begin = OpenCall(), copy.deepcopy(tuple(ops)), self.now()
+        call, kept, begin = OpenCall(), _kept(ops), self.now()
         try:
             yield call
         except LocalStoreError as error:
@@ -162,7 +180,7 @@ class History:
         """Record an acknowledged call that ends now; `begin` as `now()` gave it."""
         call = OpenCall()
         call.told, call.log_id, call.seq = "ok", log_id, seq
-        self._add(txn_id, user_id, copy.deepcopy(tuple(ops)), call, begin)
+        self._add(txn_id, user_id, _kept(ops), call, begin)
 
     def refused(
         self, *, txn_id: str, user_id: str, ops: Sequence[Op], begin: float | None = None
@@ -170,7 +188,7 @@ class History:
         """Record a call that was told to have no effect, now or ever."""
         call = OpenCall()
         call.refused()
-        self._add(txn_id, user_id, copy.deepcopy(tuple(ops)), call, begin)
+        self._add(txn_id, user_id, _kept(ops), call, begin)
 
     def unknown(
         self, *, txn_id: str, user_id: str, ops: Sequence[Op], begin: float | None = None
@@ -178,7 +196,7 @@ class History:
         """Record a call whose outcome the client never learned."""
         call = OpenCall()
         call.unknown()
-        self._add(txn_id, user_id, copy.deepcopy(tuple(ops)), call, begin)
+        self._add(txn_id, user_id, _kept(ops), call, begin)
 
     def outside_insert(
         self,

@@ -45,6 +45,7 @@ def _folders() -> dict[Path, Image]:
     was imported by now stays: the collector needn't look at it again and again.
     """
     gc.freeze()
+    gc.set_threshold(50_000)  # a history leaves little behind, and is short
     root = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     made = {}
     for number in range(CONTAINERS + SPARES):
