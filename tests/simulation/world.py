@@ -102,7 +102,7 @@ class World:
         finally:  # the next history has the same files: nobody may have them open
             for container in self.containers:
                 self.harbour.leave(container)
-                container.close()
+                container.abandon()
 
     def _run(self, plan: Sequence[int]) -> Report:
         for number in plan:
