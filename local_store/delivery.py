@@ -143,10 +143,11 @@ class Delivery:
         if came_to_nothing:
             changed |= chains_.touched(connection, found.position)
         before = rows.views(connection, tables, changed)
-        op_log.record(connection, found, outcome, isoformat(now), now.timestamp())
-        versions = outcome.versions
+        kept, versions = None, outcome.versions
         if outcome.state == "applied":
-            versions = reopening.remember(connection, outcome)
+            kept, versions = reopening.applied(connection, found.position, outcome)
+        op_log.record(connection, found, outcome, kept, isoformat(now), now.timestamp())
+        if outcome.state == "applied":
             rows.settle(connection, tables, found.position, counter)
         elif came_to_nothing:
             rows.drop(connection, tables, found.position, counter)

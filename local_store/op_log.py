@@ -123,10 +123,23 @@ def open_transaction(connection: sqlite3.Connection, txn_id: str) -> Found | Non
     return Found(found[0], found[1], bool(found[2]), found[3])
 
 
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What an applied transaction was applied on and what it made, as JSON of versions by row."""
+
+    bases: str
+    versions: str
+
+
 def record(
-    connection: sqlite3.Connection, found: Found, outcome: Outcome, now_iso: str, now_s: float
+    connection: sqlite3.Connection,
+    found: Found,
+    outcome: Outcome,
+    applied: Applied | None,
+    now_iso: str,
+    now_s: float,
 ) -> None:
-    """Write what became of an open transaction."""
+    """Write what became of an open transaction; the bases it was first applied on stay."""
     settled = outcome.state in SETTLED
     parked = not settled and (outcome.parked or outcome.state in ("conflict", "dead"))
     open_before = found.state in UNSETTLED and not found.parked
@@ -136,7 +149,8 @@ def record(
     connection.execute(
         "UPDATE op_log SET state = ?1, parked = ?2, attempts = attempts + 1, due_at = ?3,"
         " settled_at = ?4, reply = CASE WHEN ?1 = 'applied' THEN NULL ELSE coalesce(?5, reply) END,"
-        " held_since = CASE WHEN ?1 = 'held' THEN coalesce(held_since, ?6) END WHERE position = ?7",
+        " held_since = CASE WHEN ?1 = 'held' THEN coalesce(held_since, ?6) END,"
+        " bases = coalesce(bases, ?7), versions = coalesce(?8, versions) WHERE position = ?9",
         (
             outcome.state,
             parked,
@@ -144,6 +158,8 @@ def record(
             now_iso if settled else None,
             None if outcome.reply is None else orjson.dumps(outcome.reply).decode(),
             now_iso,
+            None if applied is None else applied.bases,
+            None if applied is None else applied.versions,
             found.position,
         ),
     )

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import orjson
 
 from local_store.decoding import decode_ops
-from local_store.op_log import AT, narrowing, touch, touched_by
+from local_store.op_log import Applied, narrowing, touch, touched_by
 from local_store.ops import Outcome, Selection, TableSpec
 from local_store.rows import base_of
 from local_store.schema import REPLAYED, SETTLED
@@ -22,28 +22,27 @@ REOPENED_AT_ONCE = 500
 Versions = Mapping[str, str | None]
 
 
-def remember(connection: sqlite3.Connection, outcome: Outcome) -> Versions:
-    """Keep what a transaction was applied on and what it made; the rows still have their old bases.
+def applied(
+    connection: sqlite3.Connection, position: int, outcome: Outcome
+) -> tuple[Applied, Versions]:
+    """Return what to keep of an applied transaction; the rows still have their old bases.
 
-    Returns those of its versions that tell where their rows stand now. One that is replayed may not
-    be the last that its rows have seen: taking its version for the row's would make the next change
-    of the row meet a conflict with this buffer's own writes.
+    With it come those of its versions that tell where their rows stand now. One that is replayed
+    may not be the last that its rows have seen: taking its version for the row's would make the
+    next change of the row meet a conflict with this buffer's own writes.
     """
-    position, ops, schemas, known = connection.execute(
-        f"SELECT position, ops, schemas, versions FROM op_log WHERE {AT}", (outcome.txn_id,)
+    ops, schemas, known = connection.execute(
+        "SELECT ops, schemas, versions FROM op_log WHERE position = ?", (position,)
     ).fetchone()
     keys = {f"{op.table}/{op.id}": op.kind for op in reversed(decode_ops(ops, schemas, {}))}
     stood = {name: _base(connection, name) for name in {*keys, *outcome.versions}}
     bases = {name: None if kind == "insert" else stood[name] for name, kind in keys.items()}
-    connection.execute(
-        "UPDATE op_log SET bases = coalesce(bases, ?), versions = ? WHERE position = ?",
-        (orjson.dumps(bases).decode(), orjson.dumps(dict(outcome.versions)).decode(), position),
-    )
+    kept = Applied(orjson.dumps(bases).decode(), orjson.dumps(dict(outcome.versions)).decode())
     if known is None:  # not a replay
-        return outcome.versions
+        return kept, outcome.versions
     made: Versions = orjson.loads(known)
     _pass_on(connection, position, made, outcome.versions)
-    return {
+    return kept, {
         name: version
         for name, version in outcome.versions.items()
         if name not in made or made[name] == stood[name]

@@ -257,6 +257,8 @@ def note_versions(
     connection: sqlite3.Connection, versions: Mapping[str, str | None], counter: int
 ) -> None:
     """Remember the versions that a confirmed transaction left; None: the row is gone."""
+    if not versions:
+        return
     connection.executemany(
         "UPDATE rows SET base = ?1, changed_at = ?2, body = iif(?1 IS NULL, NULL, body)"
         " WHERE tbl = ?3 AND id = ?4",
