@@ -8,7 +8,8 @@
 
 The history must know every writer: clients by `call`, `write`, `ok`, `refused`, `unknown`; rows
 that were there before and changes by SQL by `outside_insert`, `outside_edit`, `outside_delete`;
-decisions about parked work by `person`. Inserts name their key.
+decisions about parked work by `person`, or by `decided` with what is to come of it. Inserts name
+their key.
 
 What happened. A transaction is *applied* when the ledger has it (without a ledger: when a buffer
 says so), otherwise it stands where its buffer, a parked record or quarantine puts it. An `ok` call
@@ -56,6 +57,7 @@ from local_store import TableSpec
 from syncer.testkit.history_conflict_rules import CONFLICT_RULES, false_conflict
 from syncer.testkit.history_events import (
     Call,
+    Decision,
     Events,
     History,
     OpenCall,
@@ -84,6 +86,7 @@ __all__ = [
     "BufferSeen",
     "Call",
     "CounterSeen",
+    "Decision",
     "Events",
     "Finding",
     "FindingKind",

@@ -30,11 +30,11 @@ def false_conflict(facts: Facts) -> Iterator[Finding]:
             applied = {row.log_id for row in facts.ledger.get(txn.txn_id, ())}
             if log_id in applied and not facts.decided_by_person(txn):
                 text = "the ledger has it applied from the very log that calls it a conflict"
-            elif not any(_may_conflict(facts, txn, log_id, key) for key in txn.rows):
+            elif not any(_may_conflict(facts, txn, log_id, key) for key in txn.rows_ever):
                 text = "in conflict, though nobody else changed its rows since its log knew them"
             else:
                 continue
-            yield Finding("false_conflict", txn.txn_id, text, {"rows": sorted(txn.rows)})
+            yield Finding("false_conflict", txn.txn_id, text, {"rows": sorted(txn.rows_ever)})
 
 
 def _may_conflict(facts: Facts, txn: Transaction, log_id: str, key: Key) -> bool:
@@ -56,11 +56,18 @@ def _own_before(facts: Facts, txn: Transaction, log_id: str, key: Key) -> Iterat
 
 
 def _follows_a_failure(facts: Facts, txn: Transaction, log_id: str, key: Key) -> bool:
-    """An own earlier change that was parked or discarded took the ground from under this one."""
+    """An own earlier change that was parked or discarded took the ground from under this one.
+
+    So did one that a person decided against, in part or as a whole.
+    """
     failed = ("conflict", "dead", "discarded", "superseded")
     return any(
         own.txn is not None and own.txn.state in failed
         for own in _own_before(facts, txn, log_id, key)
+    ) or any(
+        own.written and own.written != own.ops and key in own.rows_ever
+        for own in facts.transactions.values()
+        if own.positions.get(log_id, txn.positions[log_id]) < txn.positions[log_id]
     )
 
 
@@ -92,8 +99,7 @@ def overwritten(facts: Facts) -> Iterator[Finding]:
         for winner in done:
             direct = winner.kind != "insert" and winner.via is None
             gave_way = _gave_way(facts, winner)
-            decided = facts.decided_by_person(winner.txn)
-            if direct and winner.txn is not None and not gave_way and not decided:
+            if direct and winner.txn is not None and not gave_way and not facts.unsaid(winner.txn):
                 yield from _overwritten_by(facts, spec, winner, winner.txn, losers, last)
         if facts.cascades_recorded:
             yield from _taken_along(facts, key)
@@ -250,6 +256,9 @@ def _taken_along(facts: Facts, key: Key) -> Iterator[Finding]:
 
 def _knew(facts: Facts, txn: Transaction, change: Effect) -> bool:
     """False only when `txn` certainly was made without knowing `change`."""
+    looked = compare_versions((txn.shown or {}).get(key_name(change.key)), change.version)
+    if looked is not None and looked >= 0:
+        return True
     if change.begin > txn.end and len(txn.positions) == 1:
         return False
     if not facts.reads_recorded or change.version is None:

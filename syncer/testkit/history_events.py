@@ -10,7 +10,7 @@ import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, assert_never
 
 from local_store import Delete, Insert, LocalStore, Receipt, Update
@@ -68,6 +68,29 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
+class Forgotten:
+    """At this moment a log forgot what it had seen since another: its disk had lost power."""
+
+    log_id: str
+    since: float
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a person made of a parked transaction: these ops, and nothing else of it.
+
+    They take effect under `replaced_by` when an edit put another transaction in its place. `shown`
+    maps `table/id` to the version of the row that the person had before them.
+    """
+
+    txn_id: str
+    ops: tuple[Op, ...]
+    replaced_by: str | None = None
+    shown: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Events:
     """A whole history as values: what `check` judges. `people` maps txn_id to their actions."""
 
@@ -75,6 +98,8 @@ class Events:
     outside: tuple[OutsideChange, ...]
     seen: tuple[Seen, ...]
     people: Mapping[str, tuple[str, ...]]
+    decisions: tuple[Decision, ...] = ()
+    forgotten: tuple[Forgotten, ...] = ()
 
 
 def _kept(ops: Sequence[Op]) -> tuple[Op, ...]:
@@ -128,6 +153,8 @@ class History:
         self._outside: list[OutsideChange] = []
         self._seen: list[Seen] = []
         self._people: dict[str, list[str]] = {}
+        self._decisions: list[Decision] = []
+        self._forgotten: list[Forgotten] = []
 
     def now(self) -> float:
         """Return the moment, in the seconds of `begin`."""
@@ -137,7 +164,9 @@ class History:
         """Return everything recorded so far."""
         with self._lock:
             people = {txn_id: tuple(actions) for txn_id, actions in self._people.items()}
-            return Events(tuple(self._calls), tuple(self._outside), tuple(self._seen), people)
+            seen, decisions = tuple(self._seen), tuple(self._decisions)
+            calls, outside = tuple(self._calls), tuple(self._outside)
+            return Events(calls, outside, seen, people, decisions, tuple(self._forgotten))
 
     @contextmanager
     def call(self, user_id: str, ops: Sequence[Op], txn_id: str) -> Iterator[OpenCall]:
@@ -236,10 +265,47 @@ class History:
         with self._lock:
             self._seen.append(Seen(log_id, table, id, version, self.now()))
 
+    def forgot(self, log_id: str, *, since: float) -> None:
+        """Record that a power loss took what `log_id` had seen since that moment of `now()`.
+
+        What its local copy shows all the same is told again with `saw`, after this.
+        """
+        with self._lock:
+            self._forgotten.append(Forgotten(log_id, since, self.now()))
+
     def person(self, txn_id: str, action: str) -> None:
         """Record what a person decided about a parked transaction: discard, retry, resolve…"""
         with self._lock:
             self._people.setdefault(canonical_uuid(txn_id) or txn_id, []).append(action)
+
+    def decided(
+        self,
+        txn_id: str,
+        action: str,
+        ops: Sequence[Op],
+        *,
+        replaced_by: str | None = None,
+        shown: Mapping[str, str] | None = None,
+    ) -> None:
+        """Record what a person made of a parked transaction, right after they did it.
+
+        `ops` is all that it may do from now on; an edit does it as `replaced_by`. `shown` names the
+        versions (by `table/id`) of the rows that the person saw: those they overwrite knowingly.
+        """
+        self.person(txn_id, action)
+        new = None if replaced_by is None else canonical_uuid(replaced_by) or replaced_by
+        kept = copy.deepcopy(tuple(ops))
+        with self._lock:
+            txn_id = canonical_uuid(txn_id) or txn_id
+            self._decisions.append(Decision(txn_id, kept, new, dict(shown or {})))
+
+    def ops_of(self, txn_id: str) -> tuple[Op, ...]:
+        """Return what a transaction is to do: as it was called, or as people decided since."""
+        with self._lock:
+            for decision in reversed(self._decisions):
+                if txn_id in (decision.txn_id, decision.replaced_by):
+                    return decision.ops
+            return next((call.ops for call in self._calls if call.txn_id == txn_id), ())
 
     def _add(
         self, txn_id: str, user_id: str, ops: tuple[Op, ...], call: OpenCall, begin: float | None

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from local_store import TableSpec
 from local_store.ops import Kind, LogEntry, Row, WireOp
-from syncer.testkit.history_events import Events, Seen, Told
+from syncer.testkit.history_events import Events, Forgotten, Seen, Told
 from syncer.testkit.history_observation import Key, LedgerRow, Observation, ParkedRecord
 
 Happened = Literal["yes", "maybe", "no"]
@@ -30,7 +30,9 @@ class Transaction:
     """All calls with one txn_id, and what became of it.
 
     `positions` maps each log that holds it to its seq. `state` is `absent` when neither ledger nor
-    buffer nor parked work nor quarantine knows it. `versions` is the ledger's.
+    buffer nor parked work nor quarantine knows it. `versions` is the ledger's. `shown`: the
+    versions of rows that a person saw who decided about it; None when nobody told of a decision.
+    `written` is what it was to do before they did.
     """
 
     txn_id: str
@@ -43,11 +45,18 @@ class Transaction:
     state: str
     happened: Happened
     versions: Mapping[str, str | None]
+    shown: Mapping[str, str] | None = None
+    written: tuple[WireOp, ...] = ()
 
     @property
     def rows(self) -> tuple[Key, ...]:
         """The rows that its ops name, each once."""
         return tuple(dict.fromkeys((op.table, op.id) for op in self.ops))
+
+    @property
+    def rows_ever(self) -> tuple[Key, ...]:
+        """The rows that its ops name or named before somebody decided about it."""
+        return tuple(dict.fromkeys((op.table, op.id) for op in (*self.written, *self.ops)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,23 +136,33 @@ class Facts:
         """True when somebody had this transaction in hand."""
         return txn is not None and txn.txn_id in self.events.people
 
+    def unsaid(self, txn: Transaction | None) -> bool:
+        """True when a person did something with it, and nobody recorded what came of that."""
+        actions = self.events.people.get(txn.txn_id, ()) if txn is not None else ()
+        return txn is not None and txn.shown is None and bool(set(actions) - {"discard"})
+
     def settled_by_record(self, key: Key, column: str | None = None) -> bool:
         """True when a recorded outcome, not the ops themselves, says what stands in the row."""
         return any(
             record.outcome != "manual"
             and (column is None or record.columns is None or column in record.columns)
             for record in self.records.get(key, ())
-        ) or any(
-            set(self.events.people.get(effect.txn.txn_id, ())) - {"discard"}
-            for effect in self.effects.get(key, ())
-            if effect.txn is not None
-        )
+        ) or any(self.unsaid(effect.txn) for effect in self.effects.get(key, ()))
 
     def seen_by(self, txn: Transaction, key: Key) -> Iterator[Seen]:
         """Yield what the logs of a transaction had taken over of a row before it was accepted."""
         for seen in self.events.seen:
-            if (seen.table, seen.id) == key and seen.log_id in txn.positions and seen.at <= txn.end:
+            is_there = (seen.table, seen.id) == key and seen.log_id in txn.positions
+            if not is_there or seen.at > txn.end:
+                continue
+            if not any(_took(loss, seen, txn) for loss in self.events.forgotten):
                 yield seen
+
+
+def _took(loss: Forgotten, seen: Seen, txn: Transaction) -> bool:
+    """True when a power loss came between what was seen and a transaction."""
+    is_of_log = loss.log_id == seen.log_id
+    return is_of_log and loss.since <= seen.at < loss.at <= txn.begin
 
 
 def by_log(one: Transaction, other: Transaction) -> int | None:

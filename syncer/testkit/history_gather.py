@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from local_store import TableSpec
 from local_store.door import lookup_id
 from local_store.ops import Delete, Insert, LogEntry, Op, WireOp, by_name
-from syncer.testkit.history_events import Call, Events, OutsideChange, Told
+from syncer.testkit.history_events import Call, Decision, Events, OutsideChange, Told
 from syncer.testkit.history_facts import UNTOLD, Effect, Facts, Happened, Transaction
 from syncer.testkit.history_observation import Key, LedgerRow, Observation, ParkedRecord
 
@@ -35,12 +35,13 @@ def gather(
     for call in events.calls:
         calls[call.txn_id].append(call)
     parked = {record.txn_id: record for record in observation.records}
-    transactions = {
-        txn_id: _transaction(
-            group, ledger.get(txn_id, []), entries.get(txn_id, []), parked, observation, specs
-        )
-        for txn_id, group in calls.items()
-    }
+
+    def made_of(txn_id: str, group: Sequence[Call]) -> Transaction:
+        there, here = ledger.get(txn_id, []), entries.get(txn_id, [])
+        return _transaction(group, there, here, parked, observation, specs)
+
+    transactions = {txn_id: made_of(txn_id, group) for txn_id, group in calls.items()}
+    _decide(transactions, calls, events.decisions, made_of)
     return Facts(
         specs,
         observation,
@@ -54,6 +55,35 @@ def gather(
         reads_recorded=reads_recorded,
         cascades_recorded=cascades_recorded,
     )
+
+
+def _decide(
+    transactions: dict[str, Transaction],
+    calls: Mapping[str, Sequence[Call]],
+    decisions: Sequence[Decision],
+    made_of: Callable[[str, Sequence[Call]], Transaction],
+) -> None:
+    """Take over what people made of parked work. An edit stands where that stood which it replaces.
+
+    Decisions about transactions that no recorded call asked for are left out.
+    """
+    groups = {txn_id: tuple(group) for txn_id, group in calls.items()}
+    for decision in decisions:
+        if decision.txn_id not in groups:
+            continue
+        was = transactions[decision.txn_id] = replace(transactions[decision.txn_id], shown={})
+        new_id = decision.replaced_by or was.txn_id
+        group = [replace(c, txn_id=new_id, ops=decision.ops) for c in groups[was.txn_id]]
+        if decision.replaced_by is not None:  # its own log and position are the server's
+            group = [replace(call, log_id=None, seq=None) for call in group]
+        groups[new_id] = tuple(group)
+        made = made_of(new_id, group)
+        transactions[new_id] = replace(
+            made,
+            positions=was.positions,
+            shown={**decision.shown},
+            written=() if decision.replaced_by else was.written or was.ops,
+        )
 
 
 def with_maybe(facts: Facts, doubted: Iterable[str]) -> Facts:

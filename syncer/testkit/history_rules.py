@@ -67,7 +67,7 @@ def _why_lost(facts: Facts, txn: Transaction) -> str | None:
 def _deleted_by_author(facts: Facts, txn: Transaction) -> bool:
     return any(
         effect.kind == "delete" and effect.user_id in (txn.user_id, None)
-        for key in txn.rows
+        for key in txn.rows_ever
         for effect in facts.effects.get(key, ())
     )
 

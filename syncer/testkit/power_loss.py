@@ -151,21 +151,29 @@ class DiskRecorder:
 
         The same `at` and `seed` give the same image. Returns which of STYLES the seed chose.
         """
-        dice = Random(f"{seed}/{at}")
-        style = dice.choice(STYLES)
         folder = Path(into)
         folder.mkdir(mode=0o700, parents=True)
+        style, files = self.after_power_loss(at, seed)
+        for name, content in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            path.chmod(0o600)
+        return style
+
+    def after_power_loss(self, at: int, seed: int) -> tuple[Style, dict[str, bytes]]:
+        """Return the files of such an image instead of writing them, and the style."""
+        dice = Random(f"{seed}/{at}")
+        style = dice.choice(STYLES)
         by_file = self._by_file(at)
         folder_covered = max((e.covers for e in self.events[:at] if e.durable), default=0)
+        files = {}
         for name in sorted({*self.at_start, *by_file}):
             file = _File(self.at_start.get(name), style, dice, folder_covered)
             content = file.after_power_loss(by_file.get(name, []))
             if content is not None:
-                path = folder / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
-                path.chmod(0o600)
-        return style
+                files[name] = bytes(content)
+        return style, files
 
     def _by_file(self, at: int) -> dict[str, list[tuple[int, DiskEvent]]]:
         found: dict[str, list[tuple[int, DiskEvent]]] = {}

@@ -2,7 +2,7 @@
 
 A kill leaves what was written: the folder's bytes are taken at that very moment and put back in
 place, into the same files, after the dead process's handles are gone. What a power loss leaves is
-tested by tests/unit/test_power_loss.py.
+for the container's `disk` to say, where it has one (power.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from local_store import LocalStore, space
 from local_store.clock import ManualClock
@@ -28,6 +28,9 @@ from syncer.errors import RemoteUnavailable, ReplyTimedOut, Throttled
 from syncer.flusher import Flusher, FlushLimits
 from syncer.remote import SeqRange, TableRead
 from tests.simulation.remote_model import RemoteModel
+
+if TYPE_CHECKING:
+    from tests.simulation.power import Disk
 
 Image = dict[str, bytes]
 CALL_S = 0.2
@@ -183,6 +186,8 @@ class Line:
     network: Network
     edges: Edges
     told_rows: bool = False
+    told: dict[str, Row] = field(default_factory=dict)
+    """The rows that replies to writes have shown, by `table/id`."""
 
     def apply_batch(self, batch: Batch) -> tuple[Verdict, ...]:
         """Deliver a batch through the network."""
@@ -210,6 +215,8 @@ class Line:
 
     def _told(self, verdicts: tuple[Verdict, ...]) -> tuple[Verdict, ...]:
         self.told_rows = self.told_rows or any(verdict.rows for verdict in verdicts)
+        for verdict in verdicts:
+            self.told |= {name: row for name, row in verdict.rows.items() if row}
         return verdicts
 
     def audit(self, log_id: str | None = None, *, after_seq: int = 0, limit: int = 5_000) -> Row:
@@ -236,7 +243,10 @@ class Container:
         clock: ManualClock,
         network: Network,
         dice: Random,
+        disk_of: Callable[[Path], Disk] | None = None,
     ) -> None:
+        self._disk_of = disk_of
+        self.disk = None if disk_of is None else disk_of(folder)
         self.folder, self._tables, self._dice = folder, tables, dice
         self.edges = Edges(network.step, self._die)
         self._clock = EdgeClock(clock, self.edges)
@@ -271,6 +281,8 @@ class Container:
             self.crashes += 1
             self.abandon()
             restore(self.folder, self._last)
+            if self.disk is not None:
+                self.disk.risen()
             try:
                 self.open()
                 return
@@ -283,6 +295,9 @@ class Container:
         self.crashes += 1
         self.abandon()
         self.folder = folder
+        if self.disk is not None and self._disk_of is not None:
+            self.disk.close()
+            self.disk = self._disk_of(folder)
         self.open()
 
     def close(self) -> None:
@@ -301,8 +316,15 @@ class Container:
         with suppress(Exception):
             self.store.close()
 
+    def leave(self) -> None:
+        """End for good; nobody looks at the files again."""
+        self.edges.left = -1
+        self.abandon()
+        if self.disk is not None:
+            self.disk.close()
+
     def _die(self) -> None:
-        self._last = image_of(self.folder)
+        self._last = image_of(self.folder) if self.disk is None else self.disk.image(self._dice)
 
     def _new_id(self) -> str:
         return new_id_of(self._clock, self._dice)

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from local_store import LocalStore
+from local_store import LocalStore, opening
 from local_store.ops import Outcome
-from tests.simulation import machine
+from tests.simulation import machine, model_people
 from tests.simulation.histories import PLAN, run, run_all, shortened
+from tests.simulation.model_people import OperatedModel
 from tests.simulation.remote_model import RemoteModel
-from tests.simulation.world import VOLUME_EVERY
+from tests.simulation.world import POWER_EVERY, VOLUME_EVERY
 
 FIRST_SEED = int(os.environ.get("SIMULATION_SEED", "1"))
 HISTORIES = int(os.environ.get("SIMULATION_HISTORIES", "1500"))
@@ -39,7 +40,7 @@ def how_to_replay(seed: int) -> str:
     return f"python -m tests.simulation.histories --first {seed} --only {only}"
 
 
-@pytest.mark.parametrize("seed", [7, VOLUME_EVERY])
+@pytest.mark.parametrize("seed", [7, VOLUME_EVERY, POWER_EVERY])
 def test_a_seed_is_a_history_in_every_process(seed: int) -> None:
     def trace_in_a_process(hash_seed: str) -> str:
         code = f"from tests.simulation.histories import run; print(run({seed}).trace)"
@@ -114,6 +115,34 @@ def without_the_write_ahead_log(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(machine, "image_of", without)
 
 
+def without_full_synchronous(patch: pytest.MonkeyPatch) -> None:
+    """Let commits return before they are synced: a power loss takes what was acknowledged."""
+    connect = opening.connect
+
+    def careless(*given: Any, **how: Any) -> Any:
+        connection = connect(*given, **how)
+        connection.execute("PRAGMA synchronous = NORMAL")
+        return connection
+
+    patch.setattr(opening, "connect", careless)
+
+
+def without_taking_theirs(patch: pytest.MonkeyPatch) -> None:
+    """Carry out what its author wrote, whatever a person decided."""
+    decided = model_people.decided
+    patch.setattr(model_people, "decided", lambda item, record, _: decided(item, record, "mine"))
+
+
+def without_putting_edits_in(patch: pytest.MonkeyPatch) -> None:
+    """Try an edited transaction as it was."""
+    replace = OperatedModel._replace
+
+    def as_it_was(self: OperatedModel, txn_id: str, item: Any, *new: str) -> None:
+        replace(self, txn_id, {**item, "ops": self.parked[txn_id].item["ops"]}, *new)
+
+    patch.setattr(OperatedModel, "_replace", as_it_was)
+
+
 @contextmanager
 def missing(defence: Callable[[pytest.MonkeyPatch], None]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -131,6 +160,9 @@ def missing(defence: Callable[[pytest.MonkeyPatch], None]) -> Iterator[None]:
         without_recording_refusals,
         without_parking_behind_parked_work,
         without_the_write_ahead_log,
+        without_full_synchronous,
+        without_taking_theirs,
+        without_putting_edits_in,
     ],
 )
 def test_a_missing_defence_is_found_out(defence: Callable[[pytest.MonkeyPatch], None]) -> None:

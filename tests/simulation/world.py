@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -22,17 +23,19 @@ from syncer.errors import SyncError
 from syncer.remote import TableRead
 from syncer.testkit.fake_volume import FakeVolume
 from syncer.testkit.history import Finding, History, check, joined, observe_store
+from tests.simulation.knowledge import Knowledge
 from tests.simulation.machine import Container, Crash, Network, Report, new_id_of
 from tests.simulation.model_people import OperatedModel
+from tests.simulation.people import People
+from tests.simulation.power import Disk
 from tests.simulation.shipping import Harbour
-from tests.unit.history_world import ANN, BOB, TABLES, observe_model
+from tests.unit.history_world import TABLES, USERS, observe_model
 
 PLANNED = 66  # actions; what the network does with each request counts besides
 CLASHES = (5, 26, 38)  # the actions at which two containers change one value
 CRASHES = (10, 22, 36, 52)  # the actions at which a process is told to end soon
 EDGES_MAX = 30  # of the process that is to end: looks at the clock, parts of a call
 REPEATS = 0.7  # of the calls whose clients got no answer
-USERS = (ANN, BOB)
 WORDS = ("one", "two", "three", "four")
 CRASHES_MIN = 3
 BATCHES_MAX = 50
@@ -54,12 +57,11 @@ _ACTIONS = {
     "wait": 10,
     "edit": 5,
     "strike": 1,
-    "discard": 2,
-    "retry": 3,
-    "cure": 1,
     "restart": 1,
 }
+_OF_PEOPLE = {"discard": 2, "retry": 3, "cure": 1, "amend": 2, "decide": 4}
 _ON_A_VOLUME = {"ship": 6, "background": 2, "work": 3, "lose": 3}
+POWER_EVERY = 6  # histories have disks that can lose power: every third of those with a Volume
 VOLUME_EVERY = 4  # histories have a Volume: a pass of its worker costs as much as 20 other steps
 
 
@@ -79,10 +81,13 @@ class World:
         self._trace = hashlib.blake2b(digest_size=16)
         self._untold: tuple[Container, str, str, list[Op]] | None = None
         self.wrong: list[str] = []
-        self.containers = [
-            Container(folder, TABLES, self.clock, self.network, self.dice) for folder in folders
-        ]
-        self._actions = dict(_ACTIONS)
+        disk_of = Disk if seed % POWER_EVERY == 0 else None
+        about = (TABLES, self.clock, self.network, self.dice, disk_of)
+        self.containers = [Container(folder, *about) for folder in folders]
+        self.knowledge = Knowledge(self.server, self.history, self.step)
+        self._actions = _ACTIONS | _OF_PEOPLE
+        ids = partial(new_id_of, self.clock, self.dice)
+        self.people = People(self.server, self.history, self.dice, self._text, ids)
         about = (self.clock, self.network, self.dice)
         self.harbour = Harbour(FakeVolume(root, clock=self.clock, seed=seed), TABLES, about, spares)
         if seed % VOLUME_EVERY == 0:
@@ -102,7 +107,7 @@ class World:
         finally:  # the next history has the same files: nobody may have them open
             for container in self.containers:
                 self.harbour.leave(container)
-                container.abandon()
+                container.leave()
 
     def _run(self, plan: Sequence[int]) -> Report:
         for number in plan:
@@ -135,6 +140,8 @@ class World:
             with suppress(LocalStoreError):
                 if what in _ON_A_VOLUME:
                     getattr(self.harbour, what)(container)
+                elif what in _OF_PEOPLE:
+                    getattr(self.people, what)()
                 else:
                     getattr(self, f"_{what}")(container)
         except Crash as crash:
@@ -148,7 +155,9 @@ class World:
             return  # the worker: its next pass begins afresh
         self.harbour.leave(container)
         container.rise()
-        self._note_reads(container)  # a refresh may have been taken before its process ended
+        self.knowledge.after_crash(
+            container
+        )  # a refresh may have been taken before its process ended
         self._repeat()
 
     def _quieten(self) -> None:
@@ -169,7 +178,7 @@ class World:
     def _end(self, container: Container) -> None:
         self.harbour.leave(container)
         container.crash()
-        self._note_reads(container)
+        self.knowledge.after_crash(container)
 
     def _drain(self, container: Container) -> None:
         for _ in range(QUIET_PASSES_MAX):
@@ -177,7 +186,7 @@ class World:
             for _ in range(BATCHES_MAX):
                 if container.flusher.flush_once().stopped != "budget":
                     break
-            self._note_reads(container)
+            self.knowledge.note(container)
             if not container.store.stats()["pending"]:
                 return
         self.wrong.append(f"stuck: {container.store.stats()['pending']} are never delivered")
@@ -313,25 +322,13 @@ class World:
             answers = container.line.read(user_uuid(user), reads)
             for spec, rows in zip(TABLES, answers, strict=True):
                 store.refresh(spec.name, rows, user_id=user, as_of=as_of, where={})
-            self._note_reads(container)
-
-    def _note_reads(self, container: Container) -> None:
-        """Record what this container knows of the server now, if it was told anything."""
-        store, told = container.store, container.line.told_rows
-        container.line.told_rows = False
-        if not told:
-            return
-        log_id = store.log_id
-        for _, row in store.clean_rows(limit=-1):
-            version = self.server.version(row.table, row.id)
-            if version is not None and row.base == version:
-                self.history.saw(log_id, row.table, row.id, version)
+            self.knowledge.note(container)
 
     # -- the world --
 
     def _flush(self, container: Container) -> None:
         report = container.flusher.flush_once()
-        self._note_reads(container)  # a conflict's reply tells, too
+        self.knowledge.note(container)  # a conflict's reply tells, too
         self._trace.update(f"{report.stopped}{report.sent}{report.applied}".encode())
 
     def _late(self, _container: Container) -> None:
@@ -359,28 +356,6 @@ class World:
     def _there(self) -> str | None:
         notes = sorted(row_id for table, row_id in self.server.rows if table == "notes")
         return self.dice.choice(notes) if notes else None
-
-    def _open(self, *states: str) -> str | None:
-        """Return some parked transaction that a person could decide about."""
-        found = [txn_id for txn_id, entry in self.server.parked.items() if entry.state in states]
-        return self.dice.choice(sorted(found)) if found else None
-
-    def _discard(self, _container: Container) -> None:
-        """Decide that a parked transaction comes to nothing."""
-        txn_id = self._open("dead", "held")
-        if txn_id is not None:
-            self.history.person(txn_id, "discard")
-            self.server.discard([txn_id])
-
-    def _retry(self, _container: Container) -> None:
-        """Try dead letters again; that decides nothing, so nothing may be overwritten by it."""
-        txn_id = self._open("dead", "held", "conflict")
-        if txn_id is not None:
-            self.server.retry([txn_id])
-
-    def _cure(self, _container: Container) -> None:
-        """Change a constraint, so that what was refused would be taken now."""
-        self.server.poison = None
 
     def _restart(self, container: Container) -> None:
         self.harbour.leave(container)

@@ -27,7 +27,7 @@ from syncer.testkit.history import (
 )
 from tests.simulation.remote_model import RemoteModel
 
-ANN, BOB = "github:ann", "github:bob"
+USERS = ANN, BOB = "github:ann", "github:bob"
 OWN = {"id": Column("uuid"), "user_id": Column("uuid"), "updated_at": Column("timestamp")}
 NOTES = TableSpec(
     "notes", {**OWN, "text": Column("text"), "title": Column("text"), "due": Column("timestamp")}
