@@ -120,7 +120,11 @@ def _gave_way(facts: Facts, winner: Effect) -> bool:
 
 
 def _ended_otherwise(facts: Facts, loser: Effect, winner: Effect) -> bool:
-    """Tell whether another delete may have ended it: one by SQL, of its own log, or recorded."""
+    """Tell whether another delete may have ended it.
+
+    One by SQL, one of its own log, one that is recorded; or one by somebody who knew it, unless
+    that came after the winner.
+    """
     return any(
         change.kind == "delete"
         and change is not winner
@@ -128,10 +132,22 @@ def _ended_otherwise(facts: Facts, loser: Effect, winner: Effect) -> bool:
             change.txn is None
             or (loser.txn is not None and not foreign(loser, change.txn))
             or recorded(facts, change, loser)
+            or (_knew(facts, change.txn, loser) and not _came_after(facts, change, winner))
         )
         and not facts.before(change, loser)
         for change in facts.on(loser.key, "yes")
     )
+
+
+def _came_after(facts: Facts, one: Effect, other: Effect) -> bool:
+    """True when the ledger has the first one's transaction later than the other one's."""
+    numbers = [
+        row.number
+        for effect in (one, other)
+        for row in facts.ledger.get(effect.txn.txn_id if effect.txn else "", ())[:1]
+        if row.number is not None
+    ]
+    return len(numbers) == 2 and numbers[0] > numbers[1]
 
 
 LastWords = Mapping[str, tuple[Effect, Sequence[Effect]]]

@@ -40,6 +40,7 @@ class LedgerRow:
     """What the server remembers of one delivered transaction.
 
     `versions` maps `table/id` to what it left (None: the row went); None when it isn't known.
+    `number` grows with the order in which transactions took effect; None when nobody looked.
     """
 
     txn_id: str
@@ -49,6 +50,7 @@ class LedgerRow:
     digest: str
     verdict: str = "applied"
     versions: Mapping[str, str | None] | None = None
+    number: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +204,8 @@ def observe_database(
                 found = [_seen_row(spec, row) for row in _every_row(connection, spec, user)]
                 visible += [Visible(user, row.user_id, *key) for key, row in found]
         ledger = connection.execute(
-            "select txn_id::text, log_id::text, seq, user_id::text, digest, verdict, versions"
-            " from sync.ledger order by log_id, seq"
+            "select txn_id::text, log_id::text, seq, user_id::text, digest, verdict, versions,"
+            " row_number() over (order by applied_at) from sync.ledger order by log_id, seq"
         ).fetchall()
         records = (*_parked_there(connection), *_conflicts_there(connection))
     entries = tuple(LedgerRow(*found) for found in ledger)

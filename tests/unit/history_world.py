@@ -158,8 +158,8 @@ def observe_model(server: RemoteModel) -> Observation:
         key: SeenRow(row.user_id, dict(row.values), row.version) for key, row in server.rows.items()
     }
     ledger = [
-        LedgerRow(txn_id, e.log_id, e.seq, e.user_id, e.digest, e.verdict, dict(e.versions))
-        for txn_id, e in server.ledger.items()
+        LedgerRow(txn_id, e.log_id, e.seq, e.user_id, e.digest, e.verdict, dict(e.versions), number)
+        for number, (txn_id, e) in enumerate(server.ledger.items())
     ]
     visible = [Visible(row.user_id, row.user_id, *key) for key, row in server.rows.items()]
     parked = [ParkedRecord(txn_id, entry.state) for txn_id, entry in server.parked.items()]

@@ -235,6 +235,24 @@ def test_a_delete_over_an_unknown_edit_is_unsurfaced(careless: World):
     assert kinds(found) == {"unsurfaced_conflict"}, findings_text(found)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_deletes_the_one_that_came_first_must_have_known_the_change(
+    careless: World, first: int
+):
+    """The other finds nothing, so nothing is lost by it."""
+    row_id = new_id()
+    careless.write(0, ANN, Insert("notes", {"id": row_id, "text": "base"}))
+    careless.flush(0)
+    careless.read(0, ANN)
+    careless.edit(row_id, text="by hand")
+    careless.read(1, ANN)
+    for number in (0, 1):
+        careless.write(number, ANN, Delete("notes", row_id))
+    careless.flush(first)
+    found = judge(careless, careless.settle())
+    assert kinds(found) == (set() if first else {"unsurfaced_conflict"}), findings_text(found)
+
+
 def test_a_delete_that_takes_along_an_unknown_child_needs_a_record_where_asked(world: World):
     parent = new_id()
     world.write(0, ANN, Insert("notes", {"id": parent}))
