@@ -144,10 +144,12 @@ class Network:
     trouble: float = 0.3
     late: list[Callable[[], object]] = field(default_factory=list)
     conflicts: int = 0
+    sent: int = 0
 
     def call(self, name: str, edges: Edges, ask: Callable[[], Any]) -> Any:
         """Carry one request to the server and its reply back."""
         self.clock.advance(CALL_S)  # else no budget of time would ever end
+        self.sent += 1
         self.step(f"{name} sent")
         edges.pass_by(f"{name} sent")
         fate = self.dice.random() / self.trouble if self.trouble else 1.0

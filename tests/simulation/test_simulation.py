@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
-from local_store import LocalStore, opening
+from local_store import BufferFull, LocalStore, opening
 from local_store.ops import Outcome
+from syncer.core.breaker import Breaker
 from tests.simulation import machine, model_people
 from tests.simulation.histories import PLAN, run, run_all, shortened
 from tests.simulation.model_people import OperatedModel
 from tests.simulation.remote_model import RemoteModel
 from tests.simulation.world import POWER_EVERY, VOLUME_EVERY
+from tests.unit.history_world import USERS
 
 FIRST_SEED = int(os.environ.get("SIMULATION_SEED", "1"))
 HISTORIES = int(os.environ.get("SIMULATION_HISTORIES", "1500"))
@@ -173,3 +175,68 @@ def test_a_missing_defence_is_found_out(defence: Callable[[pytest.MonkeyPatch], 
                     continue
             return
     pytest.fail(f"{defence.__name__} survived {len(SEEDS_OF_A_DEFENCE)} histories")
+
+
+# -- and what is broken on the way is seen there --
+
+
+def without_confirmation(patch: pytest.MonkeyPatch) -> None:
+    """Count what waits for another as delivered."""
+    record = LocalStore.record
+
+    def trusting(self: LocalStore, outcomes: Any, **how: Any) -> Any:
+        changed = [
+            Outcome(item.txn_id, "applied", {}) if item.state == "held" else item
+            for item in outcomes
+        ]
+        return record(self, changed, **how)
+
+    patch.setattr(LocalStore, "record", trusting)
+
+
+def without_breaker(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Breaker, "allows", lambda *_: True)
+
+
+def without_owner(patch: pytest.MonkeyPatch) -> None:
+    """Give out a row to whoever knows its id."""
+    get = LocalStore.get
+
+    def anybodys(self: LocalStore, table: str, id: str, *, user_id: str) -> Any:
+        found = (get(self, table, id, user_id=user) for user in (user_id, *USERS))
+        return next((row for row in found if row is not None), None)
+
+    patch.setattr(LocalStore, "get", anybodys)
+
+
+def without_patience(patch: pytest.MonkeyPatch) -> None:
+    """Refuse writes when what is undelivered has become old."""
+    write = LocalStore.write
+
+    def refusing(self: LocalStore, ops: Any, **how: Any) -> Any:
+        if (self.oldest_age_s() or 0.0) > 60.0:
+            raise BufferFull(1.0, "age")
+        return write(self, ops, **how)
+
+    patch.setattr(LocalStore, "write", refusing)
+
+
+@pytest.mark.parametrize(
+    ("defence", "promise"),
+    [
+        (without_the_write_ahead_log, "P1"),
+        (without_owner, "P4"),
+        (without_patience, "P5"),
+        (without_breaker, "P6"),
+        (without_full_synchronous, "P10"),
+        (without_confirmation, "P12"),
+    ],
+)
+def test_a_promise_broken_on_the_way_is_named_there(
+    defence: Callable[[pytest.MonkeyPatch], None], promise: str
+) -> None:
+    with missing(defence):
+        for seed in SEEDS_OF_A_DEFENCE:
+            if any(finding.startswith(f"{promise}:") for finding in run(seed, PLAN).findings):
+                return
+    pytest.fail(f"{promise} without {defence.__name__}: {len(SEEDS_OF_A_DEFENCE)} clean histories")

@@ -20,6 +20,7 @@ from local_store import Delete, Insert, LocalStoreError, Row, Update, user_uuid
 from local_store.clock import ManualClock
 from local_store.ops import Op
 from syncer.errors import SyncError
+from syncer.flusher import FlushReport
 from syncer.remote import TableRead
 from syncer.testkit.fake_volume import FakeVolume
 from syncer.testkit.history import Finding, History, check, joined, observe_store
@@ -29,12 +30,14 @@ from tests.simulation.model_people import OperatedModel
 from tests.simulation.people import People
 from tests.simulation.power import Disk
 from tests.simulation.shipping import Harbour
+from tests.simulation.watch import NOT_ACCEPTED, Watch
 from tests.unit.history_world import TABLES, USERS, observe_model
 
 PLANNED = 66  # actions; what the network does with each request counts besides
 CLASHES = (5, 26, 38)  # the actions at which two containers change one value
 CRASHES = (10, 22, 36, 52)  # the actions at which a process is told to end soon
 EDGES_MAX = 30  # of the process that is to end: looks at the clock, parts of a call
+TROUBLE, DOWN = 0.3, 4.0  # parts of the requests to which something happens: all are refused
 REPEATS = 0.7  # of the calls whose clients got no answer
 WORDS = ("one", "two", "three", "four")
 CRASHES_MIN = 3
@@ -55,6 +58,7 @@ _ACTIONS = {
     "flush": 16,
     "late": 6,
     "wait": 10,
+    "outage": 2,
     "edit": 5,
     "strike": 1,
     "restart": 1,
@@ -80,10 +84,12 @@ class World:
         self.steps = 0
         self._trace = hashlib.blake2b(digest_size=16)
         self._untold: tuple[Container, str, str, list[Op]] | None = None
+        self._down_until = 0.0
         self.wrong: list[str] = []
         disk_of = Disk if seed % POWER_EVERY == 0 else None
         about = (TABLES, self.clock, self.network, self.dice, disk_of)
         self.containers = [Container(folder, *about) for folder in folders]
+        self.watch = Watch(self.server, seed)
         self.knowledge = Knowledge(self.server, self.history, self.step)
         self._actions = _ACTIONS | _OF_PEOPLE
         ids = partial(new_id_of, self.clock, self.dice)
@@ -122,7 +128,7 @@ class World:
             sum(container.crashes for container in self.containers),
             self.network.conflicts,
             self._trace.hexdigest(),
-            (*self.wrong, *findings),
+            (*self.watch.wrong, *self.wrong, *findings),
         )
 
     def _reseed(self, number: int) -> None:
@@ -132,6 +138,8 @@ class World:
         container = self.dice.choice(self.containers)
         if number in CRASHES:
             container.arm(self.dice.randint(1, EDGES_MAX))
+        if self.clock.monotonic() >= self._down_until:
+            self.network.trouble = TROUBLE
         what = self.dice.choices(list(self._actions), self._actions.values())[0]
         if number in CLASHES:
             what = "clash"
@@ -144,6 +152,7 @@ class World:
                     getattr(self.people, what)()
                 else:
                     getattr(self, f"_{what}")(container)
+            self.watch.look(container)
         except Crash as crash:
             self._rise(crash)
         self.clock.advance(1)
@@ -155,10 +164,12 @@ class World:
             return  # the worker: its next pass begins afresh
         self.harbour.leave(container)
         container.rise()
-        self.knowledge.after_crash(
-            container
-        )  # a refresh may have been taken before its process ended
+        self._risen(container)
         self._repeat()
+
+    def _risen(self, container: Container) -> None:
+        self.knowledge.after_crash(container)  # a refresh may have been taken before that
+        self.watch.risen(container)
 
     def _quieten(self) -> None:
         """Let the armed die, the late arrive, the network work, and everything be delivered."""
@@ -178,18 +189,24 @@ class World:
     def _end(self, container: Container) -> None:
         self.harbour.leave(container)
         container.crash()
-        self.knowledge.after_crash(container)
+        self._risen(container)
 
     def _drain(self, container: Container) -> None:
         for _ in range(QUIET_PASSES_MAX):
             self.clock.advance(QUIET_S)
             for _ in range(BATCHES_MAX):
-                if container.flusher.flush_once().stopped != "budget":
+                if self._pass(container).stopped != "budget":
                     break
             self.knowledge.note(container)
             if not container.store.stats()["pending"]:
                 return
         self.wrong.append(f"stuck: {container.store.stats()['pending']} are never delivered")
+
+    def _pass(self, container: Container) -> FlushReport:
+        sent, at = self.network.sent, self.clock.monotonic()
+        report = container.flusher.flush_once()
+        self.watch.passed(container, self.network.sent - sent, at, report)
+        return report
 
     def _judge(self) -> list[Finding]:
         stores = [observe_store(container.store) for container in self.containers]
@@ -202,12 +219,18 @@ class World:
         return new_id_of(self.clock, self.dice)
 
     def _write(self, container: Container, user: str, ops: list[Op], txn_id: str = "") -> None:
-        txn_id = txn_id or self._new_id()
+        txn_id, sent = txn_id or self._new_id(), self.network.sent
         try:
-            self.history.write(container.store, ops, user_id=user, txn_id=txn_id)
+            receipt = self.history.write(container.store, ops, user_id=user, txn_id=txn_id)
         except Crash:
             self._untold = container, txn_id, user, ops  # its client never heard of it
             raise
+        except NOT_ACCEPTED as error:
+            self.wrong.append(f"P5: a write was answered by {type(error).__name__}")
+            return
+        if self.network.sent != sent:
+            self.wrong.append("P5: a write asked the server")
+        self.watch.acknowledged(container, receipt)
         self._trace.update(txn_id.encode())
 
     def _mine(self, container: Container) -> tuple[str, Row | None]:
@@ -327,7 +350,7 @@ class World:
     # -- the world --
 
     def _flush(self, container: Container) -> None:
-        report = container.flusher.flush_once()
+        report = self._pass(container)
         self.knowledge.note(container)  # a conflict's reply tells, too
         self._trace.update(f"{report.stopped}{report.sent}{report.applied}".encode())
 
@@ -336,6 +359,11 @@ class World:
 
     def _wait(self, _container: Container) -> None:
         self.clock.advance(self.dice.choice([0.1, 5, 30, 90]))
+
+    def _outage(self, _container: Container) -> None:
+        """Let nothing through for a while."""
+        self._down_until = self.clock.monotonic() + self.dice.choice([10.0, 30.0, 120.0])
+        self.network.trouble = DOWN
 
     def _edit(self, _container: Container) -> None:
         """Change a note as somebody with SQL would."""
