@@ -99,7 +99,6 @@ def carry_over(fresh: sqlite3.Connection, moved: Path, cause: str, found_at: str
     Raises sqlite3.Error or OSError when the disk refuses.
     """
     copy = moved / "salvage.db"
-    _remove(copy)  # of an attempt that died
     for suffix in ("", "-wal"):
         with suppress(FileNotFoundError):
             shutil.copyfile(moved / (opening.FILE_NAME + suffix), f"{copy}{suffix}")

@@ -13,6 +13,7 @@ from contextlib import closing
 from itertools import count
 from pathlib import Path
 
+import orjson
 import pytest
 
 from local_store import BufferFull, CommitUnknown, DiskFailed, LocalStore, StoreCorrupt
@@ -309,3 +310,27 @@ def test_behind_the_last_readable_record_the_search_ends(tmp_path: Path):
         assert found == ids[: len(found)]
         assert 20 < len(found) < 30
         assert store.damage() == {"quarantined": 0, "lost": 30 - len(found), "files": ["1"]}
+
+
+def test_a_newest_record_that_lost_its_number_in_use_is_set_aside_with_its_file(tmp_path: Path):
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        add(store)
+    content = bytearray((tmp_path / "buffer.db").read_bytes())
+    at = page_of(tmp_path, "op_log")
+    (cell,) = struct.unpack_from(">H", content, at + 8)
+    header = at + cell + 3  # behind the record's size and number: how long, then a type per column
+    one = 9  # the type that stands for the number 1, of the log and of the seq
+    assert content[header + 2 : header + 4] == bytes([one, one])
+    content[header + 3] = 0  # nothing
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        with open(tmp_path / "buffer.db", "r+b") as file:
+            file.seek(at)
+            file.write(content[at : at + PAGE_BYTES])
+        assert store.change_counter() > 0
+        assert store.damage()["files"] == ["1"]
+        assert waiting(store) == []
+        log_id = store.log_id
+        add(store)
+        assert [(txn.log_id, txn.seq) for txn in waiting(store)] == [(log_id, 1)]
+    report = orjson.loads((tmp_path / "quarantine" / "1" / "report.json").read_bytes())
+    assert (report["records"], report["damaged"]) == (0, 1)

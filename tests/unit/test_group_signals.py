@@ -1,4 +1,4 @@
-"""Group commit at its edges: a queue longer than a group, and signals at odd moments."""
+"""Group commit at its edges: a queue longer than a group, odd moments of signals and of callers."""
 
 from __future__ import annotations
 
@@ -223,3 +223,41 @@ def test_a_signal_while_answers_are_told_leaves_the_told_ones_theirs(front: Fron
     assert front.answers["told"] == "told is done"
     assert isinstance(front.answers["leader"], Struck)
     assert front.group.submit(Item("next")) == "next is done"
+
+
+class JustTooLate:
+    """The lock on which a leader waits for others; they come just as its patience ends."""
+
+    def __init__(self, lock: threading.Lock, come: Callable[[], None]) -> None:
+        self._lock, self._come = lock, come
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        if not blocking:
+            return self._lock.acquire(blocking=False)
+        self._come()
+        return False
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def test_who_comes_just_as_the_leaders_patience_ends_is_in_the_group_each_time(front: Front):
+    first = front.thread("first")
+    assert front.begun.wait(DEADLINE_S)
+    pair = front.thread("a"), front.thread("b")
+    front.queued(2)
+    front.go.set()
+    finish(first, *pair)  # from now on a leader looks out for another
+    until(lambda: not front.group._leading)
+    late: list[threading.Thread] = []
+
+    def come() -> None:
+        late.append(front.thread(f"late {len(late)}"))
+        front.queued(2)
+
+    front.group._gathered = JustTooLate(front.group._gathered, come)  # type: ignore[assignment]
+    for name in ("c", "d"):
+        assert front.group.submit(Item(name)) == f"{name} is done"
+    finish(*late)
+    assert front.groups[2:] == [["c", "late 0"], ["d", "late 1"]]
+    assert [front.answers[f"late {n}"] for n in range(2)] == ["late 0 is done", "late 1 is done"]
