@@ -176,6 +176,7 @@ def test_through_faults_without_end_everything_holds_and_nothing_grows(world: Wo
             if before is None and passed_s > LONG_RUN_S / 4:
                 before = world.holds()
             if not round_of:
+                print(f"{passed_s:.0f} s: {users.tally.acknowledged}, {world.holds()}", flush=True)
                 round_of = world.dice.sample(world.faults, len(world.faults))
             round_of.pop()()
             CLOCK.sleep(FAULT_EVERY_S / 2)
