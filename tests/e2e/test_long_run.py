@@ -43,7 +43,7 @@ from syncer.testkit.faults import (
 from syncer.testkit.local_supabase import LocalSupabase
 from syncer.testkit.traffic import Client, Script, Tally, fresh_users, plan
 
-LONG_RUN_S = float(os.environ.get("LONG_RUN_S", "8"))
+LONG_RUN_S = float(os.environ.get("LONG_RUN_S", "5"))
 SEED = int(os.environ.get("LONG_RUN_SEED", "1"))
 FAULT_EVERY_S = min(10.0, LONG_RUN_S / 12)  # each kind comes up once even in a short run
 CLIENTS, PAUSE_S = 3, 0.05  # a few writes at any moment; 100,000 in an hour
@@ -115,22 +115,20 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    with (
-        LocalSupabase.start() as stack,
-        FaultProxy.start("127.0.0.1", int(stack.url.rsplit(":", 1)[1])) as proxy,
-    ):
-        settings = {
-            **stack.env(),
-            "SUPABASE_URL": proxy.url,
-            "SYNCER_FLUSH_INTERVAL_S": "0.2",
-            "SYNCER_BREAKER_INTERVAL_S": "0.5",
-            "SYNCER_WATCH_INTERVAL_S": str(FAULT_EVERY_S),
-        }
-        api = ApiProcess(settings, tmp_path / "buffer", tmp_path / "api.log")
-        api.start()
-        yield World(stack, proxy, api)
-        api.kill()
+def world(
+    fresh_supabase: LocalSupabase, fault_proxy: FaultProxy, tmp_path: Path
+) -> Iterator[World]:
+    settings = {
+        **fresh_supabase.env(),
+        "SUPABASE_URL": fault_proxy.url,
+        "SYNCER_FLUSH_INTERVAL_S": "0.2",
+        "SYNCER_BREAKER_INTERVAL_S": "0.5",
+        "SYNCER_WATCH_INTERVAL_S": str(FAULT_EVERY_S),
+    }
+    api = ApiProcess(settings, tmp_path / "buffer", tmp_path / "api.log")
+    api.start()
+    yield World(fresh_supabase, fault_proxy, api)
+    api.kill()
 
 
 class Users:

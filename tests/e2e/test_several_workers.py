@@ -23,7 +23,7 @@ from syncer.testkit.api_process import free_port
 from tests.e2e.conftest import bare_environment
 
 ROOT = Path(__file__).parents[2]
-WORKERS, CLIENTS, EACH = 4, 8, 12
+WORKERS, CLIENTS, EACH = 4, 8, 6
 
 
 @pytest.fixture

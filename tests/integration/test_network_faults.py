@@ -37,10 +37,10 @@ from syncer.testkit.faults import (
 from syncer.testkit.local_supabase import LocalSupabase
 from tests.integration.server_world import RPC, World, through
 
-DEADLINE_S = 0.5  # far above a call here, far below patience
+DEADLINE_S = 0.3  # far above a call here, far below patience
 DAY_S = 86_400.0
 PER_DAY = 100_000
-OUTAGE_TRANSACTIONS = int(os.environ.get("OUTAGE_TRANSACTIONS", "2000"))
+OUTAGE_TRANSACTIONS = int(os.environ.get("OUTAGE_TRANSACTIONS", "1000"))
 
 
 @pytest.fixture

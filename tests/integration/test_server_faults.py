@@ -185,14 +185,14 @@ def test_a_batch_that_takes_too_long_is_sent_in_smaller_ones(world: World):
         "create function public.dawdle() returns trigger language plpgsql as"
         " $$ begin perform pg_sleep(0.02); return new; end $$;"
         "create trigger dawdle before insert on sessions for each row execute function dawdle();"
-        "alter function public.sync_apply_batch_v1(jsonb) set statement_timeout = '400ms';"
+        "alter function public.sync_apply_batch_v1(jsonb) set statement_timeout = '200ms';"
         "notify pgrst, 'reload schema'"
     )
     reports: list[FlushReport] = []
     try:
         while not any("57014" in (report.error or "") for report in reports):
             assert len(reports) < PASSES_MAX  # the shorter limit holds once PostgREST has it
-            for _ in range(60):
+            for _ in range(30):
                 world.write()
             reports = [*reports[-1:], world.pass_once()]
         assert reports[-1].stopped == "outage"
