@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -103,7 +105,8 @@ class _Line:
 
 
 class SupabaseRemote:
-    """A Supabase project, reached with its secret key. Thread-safe; connects on first use.
+    """A Supabase project, reached with its secret key. Thread-safe; connects on first use, also in
+    a forked child, which has connections of its own.
 
     `on_call` is told of each call in the thread that made it. A call ends with ReplyTimedOut after
     `deadline_s`, however slowly its reply comes.
@@ -123,6 +126,13 @@ class SupabaseRemote:
         self._on_call = on_call
         self._clock = clock or SystemClock()
         self._secret_key = secret_key
+        self._start_afresh()
+        own = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _start_afresh(own))
+
+    def _start_afresh(self) -> None:
+        # In a forked child: on its parent's connections each would read the other's replies, which
+        # may be another user's rows. They are let go of here, and stay the parent's.
         self._lock = threading.Lock()
         self._line: _Line | None = None
         self._transport_failures = 0
@@ -287,3 +297,9 @@ class SupabaseRemote:
             is_last = line is not self._line and line.calls == 0
         if is_last:
             line.http.close()
+
+
+def _start_afresh(own: weakref.ref[SupabaseRemote]) -> None:
+    remote = own()
+    if remote is not None:
+        remote._start_afresh()
