@@ -20,6 +20,7 @@ import orjson
 
 from local_store import opening, schema
 from local_store.door import canonical_uuid
+from local_store.pages import Pages
 
 FOLDER_NAME = "quarantine"
 UNFINISHED = "unfinished"  # stands beside a file that was moved aside, until the new one is durable
@@ -96,22 +97,25 @@ def _despite_damage() -> Iterator[None]:
 def carry_over(fresh: sqlite3.Connection, moved: Path, cause: str, found_at: str) -> None:
     """Copy what is intact into a new, empty buffer file; the caller lists it afterwards.
 
+    First through SQLite, then, what that can't reach any more, from the pages themselves.
     Raises sqlite3.Error or OSError when the disk refuses.
     """
     copy = moved / "salvage.db"
     for suffix in ("", "-wal"):
         with suppress(FileNotFoundError):
             shutil.copyfile(moved / (opening.FILE_NAME + suffix), f"{copy}{suffix}")
-    counts = {"records": 0, "damaged": 0, "rows": 0}
+    counts = {"records": 0, "from_pages": 0, "damaged": 0, "rows": 0}
+    fresh.execute("BEGIN IMMEDIATE")
     with _despite_damage(), closing(_open_damaged(copy)) as source:
-        fresh.execute("BEGIN IMMEDIATE")
         with _despite_damage():  # what one part lost doesn't take the others along
             _copy_logs(source, fresh)
         with _despite_damage():
             _copy_records(source, fresh, counts)
         with _despite_damage():
             _copy_rows(source, fresh, counts)
-        fresh.execute("COMMIT")
+    with _despite_damage():
+        _copy_from_pages(moved, fresh, counts)
+    fresh.execute("COMMIT")
     _remove(copy)
     report = {"found_at": found_at, "cause": cause, **counts}
     (moved / "report.json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
@@ -142,7 +146,7 @@ def _open_damaged(copy: Path) -> sqlite3.Connection:
         target.seek(_VALID_FOR)
         target.write(bytes(4))  # the size in the header isn't this file's: let SQLite measure it
     _remove(pattern)
-    return _readable(copy)
+    return _readable(copy, log_too=False)  # what else it holds is worth having without the log
 
 
 def _schema_pages(first: bytes) -> list[int]:
@@ -156,12 +160,13 @@ def _schema_pages(first: bytes) -> list[int]:
     return [1, *(struct.unpack_from(">I", first, at)[0] for at in pointers), last]
 
 
-def _readable(copy: Path) -> sqlite3.Connection:
+def _readable(copy: Path, *, log_too: bool = True) -> sqlite3.Connection:
     connection = opening.connect(copy, readonly=True)
     try:
         connection.text_factory = bytes  # damaged text must not stop the reading
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        connection.execute("SELECT position FROM op_log LIMIT 1").fetchone()
+        if log_too:
+            connection.execute("SELECT position FROM op_log LIMIT 1").fetchone()
     except BaseException:
         connection.close()
         raise
@@ -233,6 +238,37 @@ def _copy_records(
         values = [v.decode() if isinstance(v, bytes) else v for v in record[:-1]]
         fresh.execute(f"INSERT OR IGNORE INTO op_log ({names}) VALUES ({marks})", values)
         counts["records"] += 1
+
+
+def _copy_from_pages(moved: Path, fresh: sqlite3.Connection, counts: dict[str, int]) -> None:
+    """Copy the records that no page above leads to any more.
+
+    A page that was freed may hold a record as it was before its last change, and its newest state
+    may be what is lost: then a settled transaction is pending again. To send it again is harmless.
+    """
+    shape = [(str(name), str(kind)) for _, name, kind, *_ in fresh.execute(
+        "PRAGMA table_info(op_log)"
+    )]  # fmt: skip
+    names = ", ".join(name for name, _ in shape)
+    given = ", ".join(f"? AS {name}" for name, _ in shape)
+    # Nothing twice, whatever it is known by: they are made anew when all is there.
+    fresh.execute("INSERT OR IGNORE INTO names SELECT txn_id, position FROM op_log")
+    fresh.execute("INSERT OR IGNORE INTO places SELECT log, seq, position FROM op_log")
+    statement = (
+        f"INSERT OR IGNORE INTO op_log ({names}) SELECT * FROM (SELECT {given}) r"
+        f" WHERE {schema.intact('r.')}"
+        " AND NOT EXISTS (SELECT 1 FROM names n WHERE n.txn_id = r.txn_id)"
+        " AND NOT EXISTS (SELECT 1 FROM places p WHERE p.log = r.log AND p.seq = r.seq)"
+    )
+    wal = moved / f"{opening.FILE_NAME}-wal"
+    with closing(Pages(moved / opening.FILE_NAME, wal)) as pages:
+        for record in pages.records([kind for _, kind in shape]):
+            if fresh.execute(statement, record).rowcount > 0:
+                known = dict(zip((name for name, _ in shape), record, strict=True))
+                place = known["log"], known["seq"], known["position"]
+                fresh.execute("INSERT INTO names VALUES (?, ?)", (known["txn_id"], place[2]))
+                fresh.execute("INSERT INTO places VALUES (?, ?, ?)", place)
+                counts["from_pages"] += 1
 
 
 def _copy_rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sqlite3
 import uuid
 from collections.abc import Iterator
@@ -124,6 +125,9 @@ def test_what_can_be_found_is_made_again_when_it_disagrees_with_the_log(tmp_path
             assert texts(store) == {"b"}
 
 
+FLIPPED_FILES = int(os.environ.get("FLIPPED_FILES", "80"))
+
+
 def test_flipped_bits_never_show_as_content_and_never_stop_the_buffer(tmp_path: Path):
     original = tmp_path / "original"
     numbers = (str(uuid.UUID(int=n)) for n in count(1))  # the same file each time, but its inode
@@ -133,11 +137,11 @@ def test_flipped_bits_never_show_as_content_and_never_stop_the_buffer(tmp_path: 
         written = [f"{n} " + "x" * 200 for n in range(40)]
         for text in written:
             add(store, text=text, id=next(numbers))
-    carried, emptied = 0, 0
-    for seed in [*range(80), 910, 1409]:  # the last two once stopped it
-        folder = tmp_path / str(seed)
+    image, folder = (original / "buffer.db").read_bytes(), tmp_path / "damaged"
+    carried, lost = 0, 0
+    for seed in [*range(FLIPPED_FILES), 910, 1409]:  # the last two once stopped it
         folder.mkdir()
-        (folder / "buffer.db").write_bytes((original / "buffer.db").read_bytes())
+        (folder / "buffer.db").write_bytes(image)
         flip_bits(folder / "buffer.db", seed=seed, count=1 + seed % 20)
         with LocalStore.open(folder, tables=TABLES) as store:
             add(store, text="after")
@@ -146,11 +150,14 @@ def test_flipped_bits_never_show_as_content_and_never_stop_the_buffer(tmp_path: 
             assert "after" in found
             assert found <= {*written, "after"}
             damage = store.damage()
-            carried += len(damage["files"])
             assert len(found) == 41 or damage["quarantined"] or damage["files"]
-            emptied += len(found) <= 20
-    assert carried > 10
-    assert emptied <= 1, "one of these hits the log's root page, which nothing is carried over from"
+        # A damaged page has nothing to tell of its records; each has room for nine.
+        assert len(found) > 20, seed
+        carried, lost = carried + len(damage["files"]), lost + 41 - len(found)
+        shutil.rmtree(folder)
+    print(f"{FLIPPED_FILES} files: {carried} carried over, {lost} of {40 * FLIPPED_FILES} lost")
+    assert carried > FLIPPED_FILES // 8
+    assert lost < 2 * FLIPPED_FILES
 
 
 @pytest.mark.parametrize("content", [b"not a database at all" * 300, b"SQLite format 3\0" * 256])
