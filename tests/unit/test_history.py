@@ -31,6 +31,7 @@ from syncer.testkit.history import (
     observe_remote,
     observe_store,
 )
+from tests.simulation.machine import image_of, restore
 from tests.simulation.remote_model import RemoteModel, ServerRow
 from tests.unit.history_world import ANN, BOB, TABLES, World, comment, observe_model, opened
 
@@ -233,6 +234,27 @@ def test_a_delete_over_an_unknown_edit_is_unsurfaced(careless: World):
     careless.edit(row_id, text="too late")
     found = check(careless.history, careless.settle(), TABLES)
     assert kinds(found) == {"unsurfaced_conflict"}, findings_text(found)
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_conflict_with_what_a_power_loss_took_is_none_of_the_false_ones(
+    world: World, is_told: bool
+):
+    row_id, folder = new_id(), world.folder / "1"
+    world.write(0, ANN, Insert("notes", {"id": row_id, "text": "base"}))
+    world.flush(0)
+    world.read(1, ANN)
+    synced, moment = image_of(folder), world.history.now()
+    world.edit(row_id, text="theirs")
+    world.read(1, ANN)
+    world.stores[1].close()
+    restore(folder, synced)
+    world.open(1)
+    if is_told:
+        world.history.forgot(world.stores[1].log_id, since=moment)
+    world.write(1, ANN, Update("notes", row_id, {"text": "mine"}))
+    found = judge(world, world.settle())
+    assert kinds(found) == (set() if is_told else {"false_conflict"}), findings_text(found)
 
 
 @pytest.mark.parametrize("first", [0, 1])
