@@ -153,7 +153,8 @@ language sql immutable set search_path = '' as $$
 $$;
 
 -- A parked transaction met rows that moved: what only one side changed is merged, the rest becomes
--- (or stays) a record. Returns the rebased item, or null when a person must look.
+-- (or stays) a record. An op that a person's `theirs` has left empty goes when the row has gone, with
+-- its `before`: there is nothing to decide about. Returns the rebased item, or null when a person must look.
 create or replace function sync.merge_parked(p_parked sync.parked, p_rows jsonb) returns jsonb
 language plpgsql set search_path = '' as $$
 declare
@@ -164,11 +165,17 @@ declare
   v_table sync.tables;
   v_records jsonb := '[]';
   v_versions jsonb := '{}';
+  v_ops jsonb := '[]';
+  v_before jsonb := '[]';
 begin
   for v_op, v_n in
     select o, n from jsonb_array_elements(p_parked.item -> 'ops') with ordinality x (o, n)
   loop
     v_key := (v_op ->> 'table') || '/' || (v_op ->> 'id');
+    continue when v_op ->> 'kind' = 'update' and v_op -> 'values' = '{}'
+      and p_rows -> v_key = 'null';
+    v_ops := v_ops || jsonb_build_array(v_op);
+    v_before := v_before || jsonb_build_array(p_parked.item -> 'before' -> (v_n - 1));
     continue when not p_rows ? v_key;
     select t.* into v_table from sync.tables t where t.name = v_op ->> 'table';
     v_overlap := sync.overlap_of(v_op, p_parked.item -> 'before' -> (v_n - 1),
@@ -182,8 +189,9 @@ begin
         'theirs_version', p_rows -> v_key -> v_table.version_column));
     end if;
   end loop;
-  if v_records = '[]' and v_versions <> '{}' then
-    return sync.rebase_item(p_parked.item, v_versions);
+  if v_records = '[]' and (v_versions <> '{}' or v_ops <> p_parked.item -> 'ops') then
+    return sync.rebase_item(
+      p_parked.item || jsonb_build_object('ops', v_ops, 'before', v_before), v_versions);
   end if;
   -- An older record of the same rows that nobody has decided yet is brought up to date.
   delete from sync.conflicts c using jsonb_array_elements(v_records) r

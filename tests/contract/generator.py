@@ -122,7 +122,8 @@ class Generator:
         if op.kind == "delete" or self._dice.random() < 0.3:
             return symbolic
         given = self._values(op.table)
-        return replace(symbolic, op=replace(op, values={**op.values, **given}))
+        values = {**op.values, **given}
+        return replace(symbolic, op=WireOp(op.table, op.kind, op.id, values))
 
     def _values(self, table: str) -> Row:
         if table == "sessions":

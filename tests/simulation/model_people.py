@@ -151,8 +151,16 @@ class OperatedModel(RemoteModel):
         """Return the item on the rows it met; None, with records, when a person must look."""
         records: list[Row] = []
         met: dict[str, str] = {}
+        kept = []
         for op, before in zip(item["ops"], item["before"], strict=True):
             name = f"{op['table']}/{op['id']}"
+            if (
+                op["kind"] == "update"
+                and not op["values"]
+                and verdict["rows"].get(name, op) is None
+            ):
+                continue  # `theirs` left it empty, and the row has gone: nothing to decide about
+            kept.append((op, before))
             if name not in verdict["rows"]:
                 continue
             row = verdict["rows"][name]
@@ -172,8 +180,9 @@ class OperatedModel(RemoteModel):
                         "outcome": "manual",
                     }
                 )
-        if met and not records:
-            return rebased(item, met)
+        if not records and (met or len(kept) < len(item["ops"])):
+            ops, befores = [op for op, _ in kept], [before for _, before in kept]
+            return rebased({**item, "ops": ops, "before": befores}, met)
         for record in records:
             key = (item["txn_id"], record["table"], record["id"], "manual")
             if key in self.records and is_open(self.records[key]):

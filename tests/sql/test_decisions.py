@@ -6,7 +6,7 @@ from local_store.door import digest_of
 from local_store.ops import Row, WireOp
 
 from .conftest import Database, delete, new, update
-from .parking import conflict_of, dead, held, park, parked_states, results, sent
+from .parking import conflict_of, dead, held, in_conflict, park, parked_states, results, sent
 
 
 def kinds(verdicts: list[Row]) -> list[str]:
@@ -66,6 +66,16 @@ def test_what_is_left_of_a_transaction_outlives_a_delete_of_the_row_that_was_giv
     assert results(resolve(db, conflict_of(db, transaction), "theirs")) == [("rejected", None)]
     assert kinds(db.send(db.transaction(user, delete("sessions", gone, None)))) == ["applied"]
     assert parked_states(db, transaction) == ["dead"]
+
+
+def test_theirs_is_no_question_again_when_their_row_has_gone_since(db, user):
+    row_id, transaction = in_conflict(
+        db, user, mine={"status": "finalized"}, theirs="status = 'abandoned'"
+    )
+    record = conflict_of(db, transaction)
+    db.as_user(user, "delete from sessions where id = %s", row_id)
+    assert results(resolve(db, record, "theirs"))[-1] == ("applied", None)
+    assert open_records(db, transaction) == []
 
 
 def test_a_conflict_after_a_decision_that_could_not_be_carried_out_is_open_again(db, user):
