@@ -56,7 +56,7 @@ defences: $(STAMP)
 
 soak: $(STAMP)
 	@SIMULATION_HISTORIES=2000 SIMULATION_SEED=$${SEED:-100000} $(PYTEST) tests/simulation/test_histories.py
-	@SIMULATION_HISTORIES=50000 SIMULATION_SEED=$${SEED:-100000} $(PYTEST) --timeout 7200 tests/simulation/test_simulation.py
+	@SIMULATION_HISTORIES=50000 SIMULATION_SEED=$${SEED:-100000} $(PYTEST) tests/simulation/test_simulation.py
 	@SOAK_S=$${SOAK_S:-3600} $(BIN)/python -m tests.simulation.soak
 	@CONTRACT_HISTORIES=1000 CONTRACT_SEED=$${SEED:-100000} $(PYTEST) tests/contract
 	@HISTORY_EXAMPLES=5000 $(PYTEST) --timeout 3600 tests/unit/test_history.py

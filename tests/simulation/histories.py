@@ -79,7 +79,7 @@ def run_all(seeds: Sequence[int], jobs: int) -> Iterator[Report]:
         yield from map(run, seeds)
         return
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap_unordered(run, seeds, chunksize=20)
+        yield from pool.imap_unordered(run, seeds, chunksize=5)
 
 
 def main() -> None:

@@ -24,9 +24,11 @@ from tests.unit.history_world import USERS
 FIRST_SEED = int(os.environ.get("SIMULATION_SEED", "1"))
 HISTORIES = int(os.environ.get("SIMULATION_HISTORIES", "1500"))
 JOBS = min(2, os.cpu_count() or 1)
+TIMEOUT_S = max(600, HISTORIES)  # a busy machine runs a few histories a second
 SEEDS_OF_A_DEFENCE = range(1, 60)
 
 
+@pytest.mark.timeout(TIMEOUT_S)
 def test_no_history_loses_doubles_reorders_or_hides_anything() -> None:
     seeds = range(FIRST_SEED, FIRST_SEED + HISTORIES)
     reports = list(run_all(seeds, JOBS))
