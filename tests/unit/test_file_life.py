@@ -334,3 +334,21 @@ def test_a_newest_record_that_lost_its_number_in_use_is_set_aside_with_its_file(
         assert [(txn.log_id, txn.seq) for txn in waiting(store)] == [(log_id, 1)]
     report = orjson.loads((tmp_path / "quarantine" / "1" / "report.json").read_bytes())
     assert (report["records"], report["damaged"]) == (0, 1)
+
+
+@pytest.mark.parametrize("lost", ["an index", "a page"])
+def test_a_file_that_opens_and_is_not_what_was_made_is_carried_over(tmp_path: Path, lost: str):
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        ids = [add(store) for _ in range(3)]
+    if lost == "an index":
+        with closing(sqlite3.connect(tmp_path / "buffer.db")) as connection:
+            connection.execute("DROP INDEX rows_by_age")
+    else:
+        at = page_of(tmp_path, "logs")
+        with open(tmp_path / "buffer.db", "r+b") as file:
+            file.seek(at)
+            file.write(bytes(PAGE_BYTES))
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        assert [txn.ops[0].id for txn in store.undelivered()] == ids
+        assert store.damage() == {"quarantined": 0, "lost": 0, "files": ["1"]}
+        add(store)

@@ -73,6 +73,17 @@ def test_a_child_and_its_parents_end_in_one_group_leave_neither(store: LocalStor
     assert len(waiting(store)) == 5
 
 
+def test_a_child_that_moved_to_another_parent_outlives_its_first_one(store: LocalStore):
+    first, second = add(store), add(store)
+    moved, kept = (add(store, "comments", note_id=first) for _ in range(2))
+    settle_all(store)
+    store.write([Update("comments", moved, {"note_id": second})], user_id=USER)
+    store.write([Delete("notes", first)], user_id=USER)
+    assert store.get("comments", moved, user_id=USER)["note_id"] == second
+    assert store.get("comments", kept, user_id=USER) is None
+    assert waiting(store)[-1].children == ({f"comments/{kept}": "v1"},)
+
+
 def test_in_a_group_the_one_beyond_the_limit_of_bytes_is_refused_alone(tmp_path: Path):
     with LocalStore.open(tmp_path, tables=TABLES, buffer_bytes_max=20_000) as store:
         sizes = [10, 10, 30_000, 10, 10]
