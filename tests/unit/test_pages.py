@@ -156,6 +156,38 @@ def test_what_was_freed_is_left_out_as_long_as_the_list_of_it_can_be_read(tmp_pa
         assert len(read(file, KINDS)) > len(kept)
 
 
+class Counting(Pages):
+    """Pages that count how many of them were read."""
+
+    reads = 0
+
+    def read(self, number: int) -> bytes:
+        self.reads += 1
+        return super().read(number)
+
+
+def test_a_record_that_claims_to_be_larger_than_the_file_is_not_followed(tmp_path: Path):
+    file = tmp_path / "any.db"
+    with closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        for table in "tu":
+            create = f"CREATE TABLE {table} (k INTEGER PRIMARY KEY, a INTEGER, b REAL, c TEXT)"
+            connection.execute(create)
+        rows = [(number, number, 0.5, "text") for number in (1, 2, 3)]
+        connection.executemany("INSERT INTO t VALUES (?, ?, ?, ?)", rows)
+    content = bytearray(file.read_bytes())
+    page, cell, here = PAGE_BYTES, 100, 489  # the second record is put into the page's free space
+    size = here + 10_000 * (PAGE_BYTES - 4)
+    struct.pack_into(">H", content, page + 8 + 2, cell)
+    varint = [0x80 | size >> shift & 0x7F for shift in (21, 14, 7)] + [size & 0x7F]
+    content[page + cell : page + cell + 5] = bytes([*varint, 2])
+    struct.pack_into(">I", content, page + cell + 5 + here, 3)  # it goes on in the third page
+    struct.pack_into(">I", content, 2 * PAGE_BYTES, 3)  # and that one in itself
+    file.write_bytes(content)
+    with closing(Counting(file, Path(f"{file}-wal"))) as pages:
+        assert sorted(pages.records(KINDS)) == [rows[0], rows[2]]
+        assert pages.reads <= 2 * pages.count
+
+
 def test_no_damage_makes_the_reader_stumble(images):
     copy, expected, kinds = images
     file, wal = copy.read_bytes(), Path(f"{copy}-wal").read_bytes()
