@@ -50,7 +50,7 @@ def url(fresh_supabase: Any, tmp_path: Path) -> Iterator[str]:
             return False
 
     try:
-        wait_until(is_ready)
+        wait_until(is_ready, timeout_s=90.0)  # four imports on a busy machine
         yield address
         process.send_signal(signal.SIGTERM)
         assert process.wait(25) == 0, (tmp_path / "log").read_text()

@@ -29,9 +29,9 @@ def sql(fresh_supabase: Any) -> Iterator[psycopg.Connection[Any]]:
 def test_what_was_accepted_is_delivered_as_its_author_after_the_token_ran_out(
     fresh_supabase: Any, fault_proxy: Any, tmp_path: Path, sql: psycopg.Connection[Any]
 ):
-    ends = int(SystemClock().now().timestamp() - LEEWAY_S) + 2
-    token = fresh_supabase.user_token(USER, exp=ends)
     with watched(tmp_path, fresh_supabase, fault_proxy) as api, outage(fault_proxy):
+        ends = int(SystemClock().now().timestamp() - LEEWAY_S) + 3  # good for three seconds
+        token = fresh_supabase.user_token(USER, exp=ends)
         headers = {"Authorization": f"Bearer {token}"}
         made = api.client.post("/api/sessions", json={"prompt": "x"}, headers=headers)
         assert made.status_code == 201
