@@ -22,9 +22,10 @@ from local_store.clock import SystemClock
 
 CLOCK = SystemClock()
 OPS = ("create", "resolve", "get", "page of 50", "list of 1000")
-# Of the client with the long list every other call is that list, while it changes.
+FIRST = "first list"  # brings here what changed while this server wasn't asked, and makes documents
+LISTED = 1_000  # sessions of each user whose list is read
+LISTERS = 2  # those users; every other call of theirs is that list, which changes meanwhile
 LISTER = [op for other in OPS[:4] for op in (other, OPS[4])]
-LISTED = 1_000  # sessions of the user whose list is read
 LISTS_EVERY = 3  # of the other calls of one client: a list is some megabytes
 TIMEOUT_S = 60.0
 READ_BYTES_MAX = 1024 * 1024
@@ -132,7 +133,7 @@ class Client:
             path = f"/api/sessions/{self._made[-1]['session_id']}"
             status, _ = await self._ask("GET", path)
         else:
-            limit = LISTED if op == "list of 1000" else 50
+            limit = LISTED if op in ("list of 1000", FIRST) else 50
             status, _ = await self._ask("GET", f"/api/sessions?limit={limit}")
         return 200 <= status < 300
 
@@ -164,6 +165,7 @@ class Client:
 async def one_client(order: Order) -> Samples:
     """Call back to back, the kinds in turn."""
     samples, client = Samples(), Client(order, order.tokens[0])
+    await client.measure(FIRST, samples)
     for number in range(order.calls):
         for op in OPS:
             if op != "list of 1000" or number % LISTS_EVERY == 0:
@@ -174,12 +176,13 @@ async def one_client(order: Order) -> Samples:
 async def paced_clients(order: Order) -> Samples:
     """Let each client make a call per `pace_s`, at its own moment of it."""
     samples, clients = Samples(), [Client(order, token) for token in order.tokens]
-    for client in clients:
-        await client.measure("create", Samples())  # its connection, the user's buffer
+    for number, client in enumerate(clients):
+        await client.measure("create", Samples())  # its connection, and something to get
+        await client.measure(FIRST if number < LISTERS else "page of 50", Samples())
     began = CLOCK.monotonic() + order.pace_s
 
     async def use(number: int) -> None:
-        kinds = LISTER if number == 0 else OPS[:4]
+        kinds = LISTER if number < LISTERS else OPS[:4]
         due, turn = began + number / len(clients) * order.pace_s, number
         while due < began + order.seconds:
             await asyncio.sleep(max(0.0, due - CLOCK.monotonic()))
