@@ -12,6 +12,7 @@ from fastapi import Path as PathValue
 from fastapi.responses import Response
 from fastapi.security import HTTPBearer
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from starlette.types import Receive, Scope, Send
 
 from syncer.service.api_schema import (
     HistoryDocument,
@@ -127,6 +128,24 @@ class Caller:
         return _json(_shown(session, info), status, headers)
 
 
+class _Parts(Response):
+    """JSON in parts that are sent as they are: to copy a long list takes a millisecond."""
+
+    media_type = "application/json"
+
+    def __init__(self, *parts: bytes) -> None:
+        super().__init__()
+        self._parts = parts
+        self.headers["content-length"] = str(sum(map(len, parts)))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        for part in self._parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
 router = APIRouter(
     prefix="/api/sessions",
     route_class=AuthenticatedRoute,
@@ -171,8 +190,7 @@ async def list_sessions(
 
     page = await who.read(who.store.list_documents, status, limit, cursor)
     rest = orjson.dumps({"complete": page.complete, "next": page.next})
-    text = b'{"sessions":%b,%b' % (page.sessions, rest[1:])
-    return Response(text, media_type="application/json")
+    return _Parts(b'{"sessions":', page.sessions, b"," + rest[1:])
 
 
 @router.get("/{session_id}", responses=reads(SessionDocument, 404))
