@@ -114,6 +114,7 @@ def test_a_write_behind_the_last_look_of_a_run_does_not_wait_for_the_interval(st
         store.write([Insert("notes", {"text": "first"})], user_id="u")
         assert at_end.wait(PATIENCE_S)
         store.write([Insert("notes", {"text": "second"})], user_id="u")
+        threading.Event().wait(5 * REST_S_MIN)  # for who would ask for a run during this one
         leave.set()
         assert reports.wait_for(lambda report: sum(r.applied for r in reports.seen) == 2)
     finally:

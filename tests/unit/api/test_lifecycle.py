@@ -6,9 +6,13 @@ import asyncio
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 
+from local_store import Receipt
 from local_store.clock import new_id
 from local_store.ops import Outcome
+from syncer.acknowledger import AckLimits, Acknowledger
+from syncer.service.app import create_app
 from tests.unit.api.support import Api, auth, error_of
 
 # -- the life of a session -------------------------------------------------------------------------
@@ -74,6 +78,21 @@ def test_a_conflict_on_an_acknowledged_write_is_told_with_a_2xx(api: Api) -> Non
     reply = api.post(f"/{session['session_id']}/finalize")
     assert reply.status_code == 200
     assert reply.json()["sync"]["state"] == "conflict"
+
+
+def test_a_write_that_waited_for_the_server_tells_what_became_of_it(api: Api) -> None:
+    class Delivering(Acknowledger):
+        """Waits for the server, which answers at once."""
+
+        def reach(self, receipt: Receipt) -> Receipt:
+            api.server.deliver(api.local)
+            return super().reach(receipt)
+
+    acknowledger = Delivering(api.local, limits=AckLimits(mode="remote"))
+    app = create_app(api.settings, api.local, remote=api.server, acknowledger=acknowledger)
+    reply = TestClient(app).post("/api/sessions", json={"prompt": "x"}, headers=auth())
+    assert reply.headers["X-Durability"] == "remote"
+    assert reply.json()["sync"]["state"] == "synced"
 
 
 def test_lists_are_paged_filtered_and_complete(api: Api) -> None:
