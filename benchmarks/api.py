@@ -168,7 +168,7 @@ def as_row(line: Line) -> str:
     """Return a line of the table; its last column: how often the plan's limit, or what failed."""
     share = f"{line['failed']} of {line['calls']} failed" if line["failed"] else ""
     if not line["failed"] and line["buffer"] == "buffer":
-        share = f"{LIMITS_MS[line['call']] / line['p95_ms']:.0f}×"
+        share = f"{LIMITS_MS[line['call']] // line['p95_ms']:.0f}×"
     times = " | ".join(f"{line[name]:.1f}" for name in ("p50_ms", "p95_ms", "p99_ms"))
     return (
         f"| {line['call']} | {line['clients']} | {line['supabase']} | {line['buffer']}"
