@@ -51,7 +51,7 @@ migrations = Migrations("local_store")
 
 def seal(*values: bytes | None) -> int:
     """Return the CRC-32 of a record's columns, each as SQLite casts it to bytes."""
-    return zlib.crc32(b"\x1f".join([b"\x00" if value is None else value for value in values]))
+    return crc_of(b"\x1f".join([b"\x00" if value is None else value for value in values]))
 
 
 def crc_of(*parts: bytes) -> int:
