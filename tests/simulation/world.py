@@ -33,7 +33,7 @@ from tests.simulation.shipping import Harbour
 from tests.simulation.watch import NOT_ACCEPTED, Watch
 from tests.unit.history_world import TABLES, USERS, observe_model
 
-PLANNED = 66  # actions; what the network does with each request counts besides
+PLANNED = 68  # actions; what the network does with each request counts besides
 CLASHES = (5, 26, 38)  # the actions at which two containers change one value
 CRASHES = (10, 22, 36, 52)  # the actions at which a process is told to end soon
 EDGES_MAX = 30  # of the process that is to end: looks at the clock, parts of a call
