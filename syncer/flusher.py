@@ -236,6 +236,8 @@ class Flusher:
                 found.waiting.append((transaction, held, blocker))
         if found.forked:
             self._store.start_new_log(found.forked)
+        if found.early:
+            self._store.recheck(found.early)
         return found
 
     def _meet(

@@ -45,7 +45,8 @@ class Sorted:
 
     `outcomes` are written down; `refused` are parked; `waiting` (with the txn_id that blocks them)
     are parked too if that one is; `met` are rows that have to be merged with what is still pending
-    on them; `forked` go on in a new log.
+    on them; `forked` go on in a new log. `early`: parked before something that was freed, so they
+    must have been too, and are asked about first.
     """
 
     outcomes: list[Outcome] = field(default_factory=list)
@@ -53,6 +54,7 @@ class Sorted:
     waiting: list[tuple[PendingTransaction, Outcome, str]] = field(default_factory=list)
     met: list[tuple[PendingTransaction, Mapping[str, Row | None]]] = field(default_factory=list)
     forked: list[str] = field(default_factory=list)
+    early: list[str] = field(default_factory=list)
 
 
 def sort_out(
@@ -63,8 +65,14 @@ def sort_out(
     limits: SortingLimits,
 ) -> Sorted:
     """Sort a reply by what each verdict asks for; nothing is ever dropped by it."""
-    found = Sorted()
+    found, asked = Sorted(), {transaction.txn_id for transaction in transactions}
     for transaction, verdict in zip(transactions, verdicts, strict=True):
+        unheard = [txn_id for txn_id in transaction.after if txn_id not in asked]
+        if transaction.parked and unheard and verdict.kind in ("applied", "duplicate"):
+            # Settled before them, it would end up beneath them in the local row, and what its
+            # author writes next would be built on the older change.
+            found.early += unheard
+            continue
         match verdict.kind:
             case "applied" | "duplicate":
                 outcome = Outcome(

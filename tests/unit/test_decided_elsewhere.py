@@ -1,0 +1,37 @@
+"""What a buffer makes of decisions that it hears of one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from local_store import Insert, Update
+from local_store.clock import new_id
+from tests.simulation.model_people import OperatedModel
+from tests.unit.history_world import ANN, opened
+
+
+def test_of_two_changes_freed_together_the_older_one_never_comes_to_lie_on_top(tmp_path: Path):
+    row_id = new_id()
+    with opened(tmp_path, 2, OperatedModel) as world:
+        server, store = world.server, world.stores[1]
+        assert isinstance(server, OperatedModel)
+        world.write(0, ANN, Insert("notes", {"id": row_id, "text": "base"}))
+        world.flush(0)
+        world.read(1, ANN)
+        world.edit(row_id, text="theirs")
+        first = world.write(1, ANN, Update("notes", row_id, {"text": "first"}))
+        world.flush(1)
+        second = world.write(1, ANN, Update("notes", row_id, {"text": "second"}))
+        world.flush(1)
+        assert [store.state(r.txn_id) for r in (first, second)] == ["conflict", "held"]
+        server.resolve(first.txn_id, f"notes/{row_id}", "mine")
+        assert server.rows["notes", row_id].values["text"] == "second"
+        store.recheck([second.txn_id])
+        world.flushers[1].flush_once()
+        held = store.get("notes", row_id, user_id=ANN)
+        assert held is not None
+        assert held["text"] == "second"
+        world.write(1, ANN, Update("notes", row_id, {"text": "third"}))
+        world.settle()
+        assert server.rows["notes", row_id].values["text"] == "third"
+        assert not server.parked
