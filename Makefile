@@ -61,7 +61,7 @@ soak: $(STAMP)
 	@SOAK_S=$${SOAK_S:-3600} $(BIN)/python -m tests.simulation.soak
 	@CONTRACT_HISTORIES=1000 CONTRACT_SEED=$${SEED:-100000} $(PYTEST) tests/contract
 	@HISTORY_EXAMPLES=5000 $(PYTEST) --timeout 3600 tests/unit/test_history.py
-	@FLIPPED_FILES=2500 $(PYTEST) --timeout 3600 tests/unit/test_local_store_damage.py
+	@FLIPPED_FILES=2500 FLIPPED_LISTS=500 $(PYTEST) --timeout 3600 tests/unit/test_local_store_damage.py tests/unit/test_local_store_lists.py
 	@POWER_LOSS_IMAGES=1500 POWER_LOSS_SEED=$${SEED:-100000} $(PYTEST) --timeout 3600 tests/unit/test_power_loss.py
 	@FAULT_TRANSACTIONS=50000 FAULT_SEED=$${SEED:-100000} $(PYTEST) --timeout 3600 tests/integration/test_fault_mix.py
 	@OUTAGE_TRANSACTIONS=100000 $(PYTEST) --timeout 3600 tests/integration/test_network_faults.py -k outage_of_a_day

@@ -60,6 +60,7 @@ class Delivery:
     _clock: Clock
     _ids: Callable[[], str]
     _file: BufferFile
+    _compared = 0  # the position up to which turns were compared with the log
 
     def flushing(self) -> AbstractContextManager[bool]:
         """Be the folder's one flusher for the length of a block; yields False when another is."""
@@ -85,8 +86,11 @@ class Delivery:
         def ask(connection: sqlite3.Connection) -> DueWork:
             asked = due.Due(connection, now_s, selection, transactions_max, bytes_max)
             found = due.work(connection, self._tables, asked, after_user)
-            if not found.transactions and not integrity.is_consistent(connection):
-                raise RecordDamaged  # something is undelivered and can't be found
+            if not found.transactions:
+                compared = integrity.next_misplaced(connection, self._compared)
+                if compared is None or not integrity.is_consistent(connection):
+                    raise RecordDamaged  # something is undelivered and can't be found
+                self._compared = compared
             return found
 
         return self._file.read(ask)

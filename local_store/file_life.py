@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from local_store import opening, salvage
+from local_store import integrity, opening, salvage
 from local_store.decoding import RecordDamaged
 from local_store.errors import CommitUnknown, StoreCorrupt
 from local_store.file_forks import FileForks, close_all
@@ -115,10 +115,12 @@ class FileLife(FileForks):
     def _begin(self, connection: sqlite3.Connection) -> None:
         """Bring an opened file up to date: its end, its lists, its identity."""
         connection.execute("SELECT log_id FROM logs").fetchall()  # readable, or nothing is written
+        integrity.check_totals(connection)
         try:
             self._list_unsynced(connection)
         except (RecordDamaged, sqlite3.Error, UnicodeDecodeError) as error:
-            if not isinstance(error, RecordDamaged) and not opening.is_undecodable(error):
+            in_lists = isinstance(error, RecordDamaged | sqlite3.IntegrityError)
+            if not in_lists and not opening.is_undecodable(error):
                 raise
             connection.execute("BEGIN IMMEDIATE")
             self._upkeep.mend(connection)

@@ -15,6 +15,8 @@ from local_store.op_log import read_marks, touched_by
 from local_store.ops import SETTLED, TableSpec
 from local_store.schema import CONTENT, PENDING, REPLAYED, STATUS, intact, row_intact
 
+COMPARED_AT_ONCE = 500  # turns: about 2 ms of a look that found nothing to send
+
 _RAW = ", ".join(f"'{c.strip()}', hex({c.strip()})" for c in f"{CONTENT}, {STATUS}".split(","))
 
 
@@ -31,6 +33,7 @@ def quarantine(connection: sqlite3.Connection, found_at: str) -> int:
         )
     ]
     for position in damaged:
+        _check_place(connection, position)
         connection.execute(
             "INSERT OR REPLACE INTO quarantine (position, log, seq, record, found_at)"
             f" SELECT position, p.log, p.seq, json_object({_RAW.replace('hex(', 'hex(l.')}), ?"
@@ -44,20 +47,41 @@ def quarantine(connection: sqlite3.Connection, found_at: str) -> int:
     return len(damaged)
 
 
+def check_totals(connection: sqlite3.Connection) -> None:
+    """Raise sqlite3.DatabaseError, as for a damaged page, when a mark isn't a number any more.
+
+    Flipped bits can make a text or a blob of one, and those are above all numbers.
+    """
+    marks = connection.execute("SELECT * FROM totals").fetchone() or (None,)
+    if not all(isinstance(mark, int) for mark in marks):
+        raise _malformed("the totals are malformed")
+
+
+def _check_place(connection: sqlite3.Connection, position: int) -> None:
+    """Raise as above when a damaged record isn't where its position leads.
+
+    A flipped bit in the position itself leaves it out of order in its tree, where another one may
+    be found in its stead: an intact one, and perhaps a newer one.
+    """
+    found = connection.execute(
+        f"SELECT coalesce({intact()}, false) FROM op_log WHERE position = ?", (position,)
+    ).fetchone()
+    if found is None or found[0]:
+        raise _malformed("a record is out of order")
+
+
+def _malformed(what: str) -> sqlite3.DatabaseError:
+    error = sqlite3.DatabaseError(what)
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return error
+
+
 def _fix_end(connection: sqlite3.Connection) -> None:
     """Fix where the log ends, so that no position and no seq is given out twice.
 
     What isn't listed yet belongs to the newest log, without gaps; its own numbers may be damaged.
     """
-    # Flipped bits can make a text or a blob of a number, and those are above all numbers.
-    kinds = connection.execute(
-        "SELECT typeof(last_position) || typeof(last_seq) || typeof(total_bytes) || typeof(listed)"
-        " FROM totals"
-    ).fetchone()
-    if kinds != ("integer" * 4,):
-        error = sqlite3.DatabaseError("the totals are malformed")
-        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT  # as a page would be: carried over
-        raise error
+    check_totals(connection)
     last = "coalesce((SELECT max(position) FROM op_log), 0)"
     connection.execute(
         "UPDATE totals SET last_seq = max(last_seq, coalesce((SELECT max(p.seq) FROM places p"
@@ -114,6 +138,26 @@ def is_consistent(connection: sqlite3.Connection) -> bool:
     """Tell whether what can be found is what was counted; costs a look at a small index."""
     (found,) = connection.execute("SELECT count(*) FROM turns").fetchone()
     return int(found) == read_marks(connection).undelivered
+
+
+def next_misplaced(connection: sqlite3.Connection, after: int) -> int | None:
+    """Compare some turns behind a position with their records; returns where to go on, 0: anew.
+
+    None when one of them leads to a record that isn't where, whose or when it says: nobody would
+    ever send that.
+    """
+    found = connection.execute(
+        "SELECT t.position, t.log = l.log AND t.user_id = l.user_id AND t.due_at = l.due_at"
+        " AND l.log IN (SELECT ordinal FROM logs) AND EXISTS (SELECT 1 FROM turns o"
+        "  INDEXED BY sqlite_autoindex_turns_1 WHERE o.log = l.log AND o.user_id = l.user_id"
+        "  AND o.position = l.position AND o.due_at = l.due_at)"
+        " FROM turns t INDEXED BY turns_by_position LEFT JOIN op_log l ON l.position = t.position"
+        " WHERE t.position > ? ORDER BY t.position LIMIT ?",
+        (after, COMPARED_AT_ONCE),
+    ).fetchall()
+    if not all(fits for _, fits in found):
+        return None
+    return int(found[-1][0]) if len(found) == COMPARED_AT_ONCE else 0
 
 
 def damage(connection: sqlite3.Connection) -> dict[str, int]:

@@ -41,7 +41,7 @@ def unlisted(connection: sqlite3.Connection) -> int:
     last, listed = connection.execute(
         "SELECT max(position), (SELECT listed FROM totals) FROM op_log"
     ).fetchone()
-    if listed is None:  # a number that is missing is damage like any other
+    if not isinstance(listed, int):  # nothing, or text, where a number was: damage like any other
         raise RecordDamaged
     return max(0, (last or 0) - int(listed))
 

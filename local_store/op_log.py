@@ -30,8 +30,8 @@ from local_store.views import Key
 
 DUE_AHEAD_MAX_S = 3_600.0
 """A due time further ahead than this came from a clock that was stepped back: due now."""
-AT = "position = (SELECT position FROM names WHERE txn_id = ?)"
-"""Finds a transaction by its id."""
+AT = "position = (SELECT position FROM names WHERE txn_id = ?1) AND txn_id = ?1"
+"""Finds a transaction by its id; the record has the last word, since names have no checksum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,13 @@ def open_transaction(connection: sqlite3.Connection, txn_id: str) -> Found | Non
         f"SELECT position, state, parked, size_bytes, {intact()} FROM op_log WHERE {AT}",
         (txn_id,),
     ).fetchone()
-    if found is None or found[1] in SETTLED:
+    if found is None:
+        # Let go of long ago; or it is there, and what leads to it isn't: that would be sent for
+        # ever. No index tells, but this is rare.
+        if connection.execute("SELECT 1 FROM op_log WHERE txn_id = ?", (txn_id,)).fetchone():
+            raise RecordDamaged
+        return None
+    if found[1] in SETTLED:
         return None
     if not found[4]:
         raise RecordDamaged

@@ -148,8 +148,11 @@ class SchemaDamaged(sqlite3.DatabaseError):
 
 
 def is_corrupt(error: BaseException) -> bool:
-    """Tell whether the file itself is damaged."""
-    if isinstance(error, SchemaDamaged):
+    """Tell whether the file itself is damaged.
+
+    So it is where a rule of its tables is broken: what is written here keeps them all.
+    """
+    if isinstance(error, SchemaDamaged | sqlite3.IntegrityError):
         return True
     code = getattr(error, "sqlite_errorcode", None)
     return code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -223,6 +226,8 @@ def migrate(connection: sqlite3.Connection) -> None:
     applied = _applied(connection)
     foreign = [name for name in applied if name not in known]
     if foreign:
+        if len(applied) <= len(known) and is_whole(connection):
+            raise SchemaDamaged("a migration has another name, and all that it made is there")
         raise SchemaTooNew(foreign[-1], known[-1])
     if set(applied) != set(known):
         migrations.apply(Database(connection))

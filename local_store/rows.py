@@ -41,6 +41,8 @@ def views(
     encoded = orjson.dumps(asked).decode()
     found |= {key: view for key, view in _bases(connection, encoded)}
     for key, patches in _patches(connection, tables, encoded).items():
+        if key not in found:  # one index led to it, another one tells of it
+            raise RecordDamaged
         found[key] = folded(tables.get(key[0]), found[key], key, patches)
     return found
 

@@ -177,7 +177,10 @@ def _touched_keys(
         found = connection.execute(_BEARING_ON_CHILDREN, (spec.name, values, user_id))
     else:
         found = connection.execute(_BEARING_ON_USER, (spec.name, user_id))
-    return [(spec.name, row_id) for (row_id,) in found]
+    keys = [(spec.name, row_id) for (row_id,) in found]
+    if not all(isinstance(row_id, str) for _, row_id in keys):
+        raise RecordDamaged
+    return keys
 
 
 def refresh(
