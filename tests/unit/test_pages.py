@@ -156,6 +156,22 @@ def test_what_was_freed_is_left_out_as_long_as_the_list_of_it_can_be_read(tmp_pa
         assert len(read(file, KINDS)) > len(kept)
 
 
+@pytest.mark.parametrize("kind", [9, 13 + 2 * 40], ids=["a number", "more than there is"])
+def test_a_record_whose_text_turned_into_something_else_is_passed_over(tmp_path: Path, kind: int):
+    file = tmp_path / "any.db"
+    with closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        connection.execute("CREATE TABLE t (k INTEGER PRIMARY KEY, a INTEGER, b REAL, c TEXT)")
+        rows = [(number, number, 0.5, "text") for number in (1, 2, 3)]
+        connection.executemany("INSERT INTO t VALUES (?, ?, ?, ?)", rows)
+    content = bytearray(file.read_bytes())
+    (cell,) = struct.unpack_from(">H", content, PAGE_BYTES + 8 + 2)  # of the second record
+    text = PAGE_BYTES + cell + 6  # its size, its key, the header's length; then a type per column
+    assert content[text] == 13 + 2 * len("text")
+    content[text] = kind
+    file.write_bytes(content)
+    assert read(file, KINDS) == [rows[0], rows[2]]
+
+
 class Counting(Pages):
     """Pages that count how many of them were read."""
 
