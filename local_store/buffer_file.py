@@ -11,13 +11,12 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from fcntl import LOCK_EX, LOCK_UN, flock
 from pathlib import Path
 from typing import TypeVar
 
 import orjson
 
-from local_store import forks, opening
+from local_store import file_locks, forks, opening
 from local_store.decoding import RecordDamaged
 from local_store.errors import (
     BufferFull,
@@ -229,7 +228,7 @@ class BufferFile(FileLife):
         with self._lock:
             if self._lock_fd < 0:
                 self._come_back()
-            flock(self._lock_fd, LOCK_EX)
+            file_locks.take(self._lock_fd)
             try:
                 return self._append_locked(body, size_bytes)
             except BaseException as error:
@@ -238,7 +237,7 @@ class BufferFile(FileLife):
                     raise
                 raise clean from None if isinstance(clean, RecordDamaged) else error
             finally:
-                flock(self._lock_fd, LOCK_UN)
+                file_locks.leave(self._lock_fd)
 
     def _append_locked(self, body: Callable[[sqlite3.Connection], Found], size_bytes: int) -> Found:
         connection = self._opened()

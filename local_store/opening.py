@@ -16,7 +16,7 @@ from pathlib import Path
 import orjson
 from sqlite_utils import Database
 
-from local_store import forks
+from local_store import file_locks, forks
 from local_store.errors import DiskFailed, LocalStoreError, SchemaTooNew, StoreCorrupt
 from local_store.schema import is_whole, migrations, seal, start_log
 
@@ -78,11 +78,11 @@ def folder_lock(lock_fd: int) -> Iterator[None]:
     It covers each write and each checkpoint, because SQLite before 3.51.3 can corrupt a WAL whose
     reset by one connection races a commit by another; and it makes simultaneous first starts queue.
     """
-    flock(lock_fd, LOCK_EX)
+    file_locks.take(lock_fd)
     try:
         yield
     finally:
-        flock(lock_fd, LOCK_UN)
+        file_locks.leave(lock_fd)
 
 
 @contextmanager
