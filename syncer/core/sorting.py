@@ -65,13 +65,14 @@ def sort_out(
     limits: SortingLimits,
 ) -> Sorted:
     """Sort a reply by what each verdict asks for; nothing is ever dropped by it."""
-    found, asked = Sorted(), {transaction.txn_id for transaction in transactions}
+    found, heard = Sorted(), {transaction.txn_id for transaction in transactions}
     for transaction, verdict in zip(transactions, verdicts, strict=True):
-        unheard = [txn_id for txn_id in transaction.after if txn_id not in asked]
+        unheard = [txn_id for txn_id in transaction.after if txn_id not in heard]
         if transaction.parked and unheard and verdict.kind in ("applied", "duplicate"):
             # Settled before them, it would end up beneath them in the local row, and what its
             # author writes next would be built on the older change.
             found.early += unheard
+            heard.remove(transaction.txn_id)
             continue
         match verdict.kind:
             case "applied" | "duplicate":

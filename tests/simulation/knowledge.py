@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from local_store import LocalStore, Row
+from local_store import LocalStore
 from syncer.testkit.history import History
 from tests.simulation.machine import Container
 from tests.simulation.remote_model import RemoteModel
@@ -30,19 +30,11 @@ class Knowledge:
         for name, shown in line.told.items():
             table, _, row_id = name.partition("/")
             version = self._server.version(table, row_id)
-            if version == shown.get("updated_at") and self._shows(store, (table, row_id), shown):
+            # What is pending on a row was merged with what a reply showed, once it stands on that.
+            if version is None or version != shown.get("updated_at"):
+                continue
+            if version == base_of(store, table, row_id):
                 self._history.saw(log_id, table, row_id, version)
-
-    def _shows(self, store: LocalStore, key: tuple[str, str], told: Row) -> bool:
-        """Tell whether a row that is pending shows what a reply told, but for its own changes."""
-        if "user_id" not in told:
-            return False
-        found = store.get(*key, user_id=told["user_id"])
-        if found is None or not found["_pending"]:
-            return False
-        chains = store.chains([key], user_id=told["user_id"]).transactions
-        own = {c for t in chains for op in t.ops if (op.table, op.id) == key for c in op.values}
-        return all(found.get(c) == told[c] for c in told.keys() - own - {"updated_at"})
 
     def after_crash(self, container: Container) -> None:
         """Record what a container that has risen still knows."""
@@ -54,10 +46,22 @@ class Knowledge:
     def _forget(self, container: Container) -> None:
         store, events = container.store, self._history.events()
         log_id = store.log_id
-        acknowledged = [c.end for c in events.calls if c.told == "ok" and c.log_id == log_id]
-        # What came before the last acknowledged write was synced with it.
-        self._history.forgot(log_id, since=max(acknowledged, default=0.0))
+        durable = [c.end for c in events.calls if c.told == "ok" and c.log_id == log_id]
+        durable += [
+            c.begin
+            for c in events.calls
+            if c.told == "unknown" and store.state(c.txn_id) is not None
+        ]
+        # What came before the last write that is there was synced with it.
+        self._history.forgot(log_id, since=max(durable, default=0.0))
         known = {(s.table, s.id, s.version) for s in events.seen if s.log_id == log_id}
         for _, row in store.clean_rows(limit=-1):
             if (row.table, row.id, row.base) in known:
                 self._history.saw(log_id, row.table, row.id, row.base)
+
+
+def base_of(store: LocalStore, table: str, row_id: str) -> str | None:
+    """Return the server's version that a row stands on here, whether changes are pending or not."""
+    asked = "SELECT base FROM rows WHERE tbl = ? AND id = ?"
+    found = store._file.read(lambda c: c.execute(asked, (table, row_id)).fetchone())
+    return found[0] if found else None

@@ -283,7 +283,6 @@ class Container:
             self.crashes += 1
             self.abandon()
             restore(self.folder, self._last)
-            self.line.told.clear()  # what it had heard and not written down
             if self.disk is not None:
                 self.disk.risen()
             try:

@@ -21,12 +21,18 @@ def test_of_two_changes_freed_together_the_older_one_never_comes_to_lie_on_top(t
         world.edit(row_id, text="theirs")
         first = world.write(1, ANN, Update("notes", row_id, {"text": "first"}))
         world.flush(1)
+        between = world.write(1, ANN, Update("notes", row_id, {"title": "between"}))
         second = world.write(1, ANN, Update("notes", row_id, {"text": "second"}))
         world.flush(1)
-        assert [store.state(r.txn_id) for r in (first, second)] == ["conflict", "held"]
+        behind = [between.txn_id, second.txn_id]
+        assert [store.state(txn_id) for txn_id in (first.txn_id, *behind)] == [
+            "conflict",
+            "held",
+            "held",
+        ]
         server.resolve(first.txn_id, f"notes/{row_id}", "mine")
         assert server.rows["notes", row_id].values["text"] == "second"
-        store.recheck([second.txn_id])
+        store.recheck(behind)
         world.flushers[1].flush_once()
         held = store.get("notes", row_id, user_id=ANN)
         assert held is not None
