@@ -160,3 +160,33 @@ def test_turns_are_compared_a_part_at_a_time(tmp_path: Path):
                 "SELECT count(*) FROM turns WHERE user_id = 'x'"
             ).fetchone()
         assert wrong == 0
+
+
+def test_a_list_that_names_bytes_in_place_of_an_id_is_made_anew(tmp_path: Path):
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        row_id = add(store, text="mine")
+        assert len(waiting(store)) == 1  # so it is listed
+    with closing(sqlite3.connect(tmp_path / "buffer.db")) as connection:
+        roots = dict(connection.execute("SELECT name, rootpage FROM sqlite_master"))
+    content = bytearray((tmp_path / "buffer.db").read_bytes())
+    text, blob = 13 + 2 * 36, 12 + 2 * 36  # SQLite's types of an id
+    notes = 13 + 2 * len("notes")
+    for name in ("touches", "touches_position"):
+        start = (roots[name] - 1) * PAGE_BYTES
+        at = content.index(bytes([notes, text]), start, start + PAGE_BYTES)
+        content[at + 1] = blob
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        (tmp_path / "buffer.db").write_bytes(content)
+        [row] = store.select("notes", user_id=USER)
+        assert (row["id"], row["text"], row["_pending"]) == (row_id, "mine", True)
+        assert [txn.ops[0].id for txn in waiting(store)] == [row_id]
+
+
+def test_a_file_whose_migration_turned_into_another_is_carried_over(tmp_path: Path):
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        row_id = add(store)
+    with closing(sqlite3.connect(tmp_path / "buffer.db")) as connection, connection:
+        connection.execute("UPDATE _sqlite_migrations SET name = 'create_buffes'")
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        assert [txn.ops[0].id for txn in waiting(store)] == [row_id]
+        assert store.damage() == {"quarantined": 0, "lost": 0, "files": ["1"]}
