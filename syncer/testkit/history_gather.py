@@ -34,7 +34,9 @@ def gather(
     calls: dict[str, list[Call]] = defaultdict(list)
     for call in events.calls:
         calls[call.txn_id].append(call)
-    parked = {record.txn_id: record for record in observation.records}
+    # What says where it is parked says more than a record of a conflict that it was in.
+    ranked = sorted(observation.records, key=lambda record: record.log_id is not None)
+    parked = {record.txn_id: record for record in ranked}
 
     def made_of(txn_id: str, group: Sequence[Call]) -> Transaction:
         there, here = ledger.get(txn_id, []), entries.get(txn_id, [])
@@ -118,7 +120,11 @@ def _transaction(
     state = _state(first.txn_id, ledger, entries, parked, observation)
     positions = {call.log_id: call.seq for call in accepted if call.log_id and call.seq}
     positions |= {log_id: entry.seq for log_id, entry in entries}
-    positions |= {entry.log_id: entry.seq for entry in ledger if entry.log_id not in positions}
+    there = [(entry.log_id, entry.seq) for entry in ledger]
+    record = parked.get(first.txn_id)
+    if record is not None and record.log_id is not None and record.seq is not None:
+        there.append((record.log_id, record.seq))
+    positions = {**dict(there), **positions}
     return Transaction(
         first.txn_id,
         first.user_id,

@@ -67,6 +67,7 @@ class ParkedRecord:
 
     `state` is conflict, dead or held; `outcome` is manual while it waits for a person (then it has
     no effect), else what was done: merged, remote, local, deleted. `columns` None means all.
+    `log_id` and `seq` say where it came from, when that is known.
     """
 
     txn_id: str
@@ -74,6 +75,8 @@ class ParkedRecord:
     rows: frozenset[Key] = frozenset()
     columns: frozenset[str] | None = None
     outcome: str = "manual"
+    log_id: str | None = None
+    seq: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +182,10 @@ def observe_remote(
         if entry["state"] in ("applied", "discarded")
     ]
     parked = [
-        ParkedRecord(str(entry["txn_id"]), str(entry["state"]))
-        for _, entry in positions
+        ParkedRecord(
+            str(entry["txn_id"]), str(entry["state"]), log_id=log_id, seq=int(entry["seq"])
+        )
+        for log_id, entry in positions
         if entry["state"] not in ("applied", "discarded")
     ]
     return Observation(
@@ -213,8 +218,12 @@ def observe_database(
 
 
 def _parked_there(connection: psycopg.Connection[Any]) -> Iterator[ParkedRecord]:
-    found = connection.execute("select txn_id::text, state from sync.parked").fetchall()
-    return (ParkedRecord(txn_id, state) for txn_id, state in found)
+    found = connection.execute(
+        "select txn_id::text, state, log_id::text, seq from sync.parked"
+    ).fetchall()
+    return (
+        ParkedRecord(txn_id, state, log_id=log_id, seq=seq) for txn_id, state, log_id, seq in found
+    )
 
 
 DECIDED = {"mine": "local", "theirs": "remote", "edited": "merged", "discarded": "remote"}

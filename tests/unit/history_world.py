@@ -162,7 +162,10 @@ def observe_model(server: RemoteModel) -> Observation:
         for number, (txn_id, e) in enumerate(server.ledger.items())
     ]
     visible = [Visible(row.user_id, row.user_id, *key) for key, row in server.rows.items()]
-    parked = [ParkedRecord(txn_id, entry.state) for txn_id, entry in server.parked.items()]
+    parked = [
+        ParkedRecord(txn_id, entry.state, log_id=entry.log_id, seq=entry.item["seq"])
+        for txn_id, entry in server.parked.items()
+    ]
     for (txn_id, table, row_id, outcome), record in (*server.records.items(), *server.decided):
         columns = frozenset(column.partition(".")[0] for column in record["columns"])
         key = frozenset({(table, row_id)})
