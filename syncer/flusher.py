@@ -222,9 +222,8 @@ class Flusher:
         self, transactions: Sequence[PendingTransaction], verdicts: Sequence[Verdict]
     ) -> Sorted:
         """Write down, merge and renumber what can be; the rest is for the caller."""
-        found = sort_out(
-            transactions, verdicts, self._clock.now(), self._jitter, self._limits.sorting
-        )
+        now, limits = self._clock.now(), self._limits.sorting
+        found = sort_out(transactions, verdicts, now, self._jitter, limits)
         self._store.record(found.outcomes)
         freed = {outcome.txn_id for outcome in found.outcomes}
         for transaction, rows in found.met:
@@ -258,9 +257,11 @@ class Flusher:
             chains = self._store.chains(keys, user_id=transaction.user_id)
             merged = merge(self._store.tables, chains.transactions, rows, moved=moved)
             rewritten, gone = rewritten_for(self._store.tables, chains, merged, rows)
-            if self._store.rebase(chains, rewritten, {**gone, **rows}):
-                is_same = all(item.txn_id != transaction.txn_id for item in rewritten)
-                return parked_before(chains, transaction, rows) if is_same else None
+            is_merged = any(item.txn_id == transaction.txn_id for item in rewritten)
+            blocker = None if is_merged else parked_before(chains, transaction, rows)
+            # What wasn't merged with these rows must not count as having met them.
+            if (blocker and moved) or self._store.rebase(chains, rewritten, {**gone, **rows}):
+                return blocker
             # else a write came between: merge with that one too
 
     def _behind(self, found: Sorted, parks: Sequence[Park]) -> list[Park]:

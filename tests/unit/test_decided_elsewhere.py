@@ -41,3 +41,28 @@ def test_of_two_changes_freed_together_the_older_one_never_comes_to_lie_on_top(t
         world.settle()
         assert server.rows["notes", row_id].values["text"] == "third"
         assert not server.parked
+
+
+def test_a_change_behind_unheard_decisions_does_not_pass_for_merged_with_what_they_met(
+    tmp_path: Path,
+):
+    row_id = new_id()
+    with opened(tmp_path, 2, OperatedModel) as world:
+        server, store = world.server, world.stores[1]
+        assert isinstance(server, OperatedModel)
+        world.write(0, ANN, Insert("notes", {"id": row_id, "text": "base"}))
+        world.flush(0)
+        world.read(1, ANN)
+        world.edit(row_id, text="theirs")
+        first = world.write(1, ANN, Update("notes", row_id, {"text": "first"}))
+        second = world.write(1, ANN, Update("notes", row_id, {"text": "second"}))
+        world.flush(1)
+        world.flush(1)
+        assert server.parked.keys() == {first.txn_id, second.txn_id}
+        third = world.write(1, ANN, Update("notes", row_id, {"title": "third"}))
+        world.edit(row_id, title="theirs")
+        server.resolve(first.txn_id, f"notes/{row_id}", "theirs")
+        world.flushers[1].flush_once()  # the third alone: the others aren't asked about yet
+        world.settle()
+        assert server.rows["notes", row_id].values == {"text": "theirs", "title": "theirs"}
+        assert store.state(third.txn_id) == "conflict"
