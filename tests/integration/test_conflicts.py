@@ -17,16 +17,15 @@ from typing import Any
 import psycopg
 import pytest
 
-from local_store import Delete, Insert, Row, TableSpec, Update, user_uuid
+from local_store import Delete, Insert, Row, TableSpec
 from local_store.clock import ManualClock, new_id
 from syncer import operators
-from syncer.remote import TableRead
 from syncer.sessions.tables import SESSION_TABLES
 from syncer.testkit import BufferedApp
 from syncer.testkit.faults import Cut
+from tests.integration.one_row import USER, learn, records, revision, row_of, session, update
 from tests.integration.segment_delivery import deliver_by_segments
 
-USER = "github:42"
 # The engine's own rules, without the sessions' policies: an overlap is left to a person.
 TABLES = [replace(spec, policy="merge") for spec in SESSION_TABLES]
 STALE = "2026-02-01T00:00:00+00:00"
@@ -45,32 +44,6 @@ def pair(buffered_store: Make) -> tuple[BufferedApp, BufferedApp]:
     return buffered_store(TABLES), buffered_store(TABLES)
 
 
-def session(app: BufferedApp, **values: Any) -> str:
-    row_id = new_id()
-    given = {"metadata": {"x": 0, "y": 0}, **values}
-    app.store.write([Insert("sessions", {"id": row_id, **given})], user_id=USER)
-    app.drain()
-    return row_id
-
-
-def learn(app: BufferedApp, row_id: str, *tables: str) -> None:
-    """Read through: take the server's rows into the local copy."""
-    as_of = app.store.change_counter()
-    wheres = [("sessions", {"id": row_id})] + [(t, {"session_id": row_id}) for t in tables]
-    reads = [TableRead(table, where) for table, where in wheres]
-    for (table, where), rows in zip(wheres, app.remote.read(user_uuid(USER), reads), strict=True):
-        app.store.refresh(table, rows, user_id=USER, as_of=as_of, where=where)
-
-
-def update(app: BufferedApp, row_id: str, **values: Any) -> str:
-    return app.store.write([Update("sessions", row_id, values)], user_id=USER).txn_id
-
-
-def revision(row_id: str, content: str = "more") -> Insert:
-    values = {"session_id": row_id, "content": content, "revision_type": "manual_edit"}
-    return Insert("session_revisions", {"id": new_id(), **values})
-
-
 def deliver(app: BufferedApp, by: str, tmp_path: Path, fresh_supabase: Any) -> None:
     """Let the container deliver, or somebody else in its stead, and then it."""
     if by == "copy":
@@ -86,16 +59,6 @@ def deliver(app: BufferedApp, by: str, tmp_path: Path, fresh_supabase: Any) -> N
     if by == "segments":
         deliver_by_segments(app, tmp_path / new_id())
     app.drain()
-
-
-def row_of(sql: psycopg.Connection[Any], row_id: str) -> Row:
-    found = sql.execute("select to_jsonb(s) from sessions s where id = %s", (row_id,)).fetchone()
-    assert found is not None
-    return found[0]
-
-
-def records(app: BufferedApp) -> list[Row]:
-    return operators.conflicts(app.remote, undecided=False)
 
 
 by_each = pytest.mark.parametrize("by", ["itself", "copy", "segments"])

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from local_store import Insert, Update
+from local_store import Insert, Receipt, Update
 from local_store.clock import new_id
 from tests.simulation.model_people import OperatedModel
-from tests.unit.history_world import ANN, opened
+from tests.unit.history_world import ANN, World, opened
+
+
+def met_by_an_edit(world: World, row_id: str) -> Receipt:
+    """Let the second container change a text that was edited since it read it."""
+    world.write(0, ANN, Insert("notes", {"id": row_id, "text": "base"}))
+    world.flush(0)
+    world.read(1, ANN)
+    world.edit(row_id, text="theirs")
+    return world.write(1, ANN, Update("notes", row_id, {"text": "first"}))
 
 
 def test_of_two_changes_freed_together_the_older_one_never_comes_to_lie_on_top(tmp_path: Path):
@@ -15,11 +24,7 @@ def test_of_two_changes_freed_together_the_older_one_never_comes_to_lie_on_top(t
     with opened(tmp_path, 2, OperatedModel) as world:
         server, store = world.server, world.stores[1]
         assert isinstance(server, OperatedModel)
-        world.write(0, ANN, Insert("notes", {"id": row_id, "text": "base"}))
-        world.flush(0)
-        world.read(1, ANN)
-        world.edit(row_id, text="theirs")
-        first = world.write(1, ANN, Update("notes", row_id, {"text": "first"}))
+        first = met_by_an_edit(world, row_id)
         world.flush(1)
         between = world.write(1, ANN, Update("notes", row_id, {"title": "between"}))
         second = world.write(1, ANN, Update("notes", row_id, {"text": "second"}))
@@ -50,11 +55,7 @@ def test_a_change_behind_unheard_decisions_does_not_pass_for_merged_with_what_th
     with opened(tmp_path, 2, OperatedModel) as world:
         server, store = world.server, world.stores[1]
         assert isinstance(server, OperatedModel)
-        world.write(0, ANN, Insert("notes", {"id": row_id, "text": "base"}))
-        world.flush(0)
-        world.read(1, ANN)
-        world.edit(row_id, text="theirs")
-        first = world.write(1, ANN, Update("notes", row_id, {"text": "first"}))
+        first = met_by_an_edit(world, row_id)
         second = world.write(1, ANN, Update("notes", row_id, {"text": "second"}))
         world.flush(1)
         world.flush(1)

@@ -66,6 +66,18 @@ def scheduler(store, server, reports, interval_s=3600.0) -> FlushScheduler:
     return FlushScheduler(store, flusher, interval_s=interval_s, on_report=reports)
 
 
+def outage(server: RemoteModel) -> list[bool]:
+    """Let calls fail for as long as what this returns says so."""
+    down = [True]
+
+    def maybe() -> None:
+        if down[0]:
+            raise RemoteUnavailable("down")
+
+    server.before_call = maybe
+    return down
+
+
 def test_a_write_is_delivered_long_before_the_interval(store):
     server, reports = RemoteModel(store.tables), Reports()
     running = scheduler(store, server, reports)
@@ -155,13 +167,7 @@ def test_a_run_that_raises_does_not_end_the_schedule(store):
 
 def test_the_interval_finds_the_end_of_an_outage_without_a_write(store):
     server, reports = RemoteModel(store.tables), Reports()
-    down = [True]
-
-    def maybe() -> None:
-        if down[0]:
-            raise RemoteUnavailable("down")
-
-    server.before_call = maybe
+    down = outage(server)
     store.write([Insert("notes", {"text": "x"})], user_id="u")
     running = scheduler(store, server, reports, interval_s=0.05)
     running.start()
@@ -191,13 +197,7 @@ def test_stopping_leaves_what_is_pending_in_the_buffer(store):
 
 def test_a_clock_set_back_an_hour_does_not_pause_the_interval(store):
     server, reports = RemoteModel(store.tables), Reports()
-    down = [True]
-
-    def maybe() -> None:
-        if down[0]:
-            raise RemoteUnavailable("down")
-
-    server.before_call = maybe
+    down = outage(server)
     store.write([Insert("notes", {"text": "x"})], user_id="u")
     running = scheduler(store, server, reports, interval_s=0.05)
     running.start()

@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from local_store import LocalStore
 from syncer.sessions import (
     BufferedSessionStore,
     IRDraft,
@@ -14,6 +15,7 @@ from syncer.sessions import (
     PromptSession,
     SessionStore,
 )
+from tests.unit.session_server import ReadServer
 
 OpenStore = Callable[..., SessionStore]
 """Opens a user's store: each call another object on the same rows; `ids` gives its fresh ids."""
@@ -59,3 +61,13 @@ def document_of(store: BufferedSessionStore, session_id: str) -> Any:
     """Return a session as the API shows it, None when there is none."""
     text = store.get_document(session_id)
     return None if text is None else orjson.loads(text)
+
+
+def delivered(
+    through: BufferedSessionStore, local: LocalStore, server: ReadServer
+) -> PromptSession:
+    """Return a session that the server has and that is clean here."""
+    session = a_session()
+    through.create(session)
+    server.deliver(local)
+    return session
