@@ -19,10 +19,17 @@ from syncer.remote import SupabaseRemote
 from syncer.testkit.fault_proxy import FaultProxy
 from syncer.testkit.faults import Answer, canned
 from syncer.testkit.local_supabase import LocalSupabase
-from tests.integration.server_world import PASSES_MAX, RPC, USER, World, through
+from tests.integration.server_world import (
+    PASSES_MAX,
+    POOL,
+    RPC,
+    USER,
+    World,
+    await_schema_cache,
+    through,
+)
 
 DAY_S = 86_400.0
-POOL = 15  # connections that the stack's PostgREST may open
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +41,7 @@ def stack() -> Iterator[LocalSupabase]:
 
 @pytest.fixture
 def world(stack: LocalSupabase, tmp_path: Path) -> Iterator[World]:
+    await_schema_cache(stack)
     host, port = stack.url.removeprefix("http://").split(":")
     with FaultProxy.start(host, int(port)) as proxy:
         made = World(stack, tmp_path, proxy)
@@ -143,10 +151,12 @@ def test_backends_that_are_stopped_are_an_outage_and_continued_they_double_nothi
 ):
     remote = SupabaseRemote(world.proxy.url, stack.secret_key, deadline_s=0.5)
     world.flusher = world.flusher_for(remote)
+    # The postmaster first: PostgREST would ask it for other backends.
+    stopped = [stack.pids()[0]]
     with world.sql() as sql:
+        os.kill(stopped[0], signal.SIGSTOP)
         query = "select pid from pg_stat_activity where usename = 'authenticator'"
-        # The postmaster first: PostgREST would ask it for other backends.
-        stopped = [stack.pids()[0], *(pid for (pid,) in sql.execute(query).fetchall())]
+        stopped += [pid for (pid,) in sql.execute(query).fetchall()]
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
     try:
