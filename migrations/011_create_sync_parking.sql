@@ -152,6 +152,84 @@ language sql immutable set search_path = '' as $$
     from jsonb_array_elements(p_item -> 'ops') with ordinality x (o, n)
 $$;
 
+-- A newer record of a row in the place of an undecided older one, which also covers what waits behind:
+-- that was merged with the row that the older one was about, and asks nothing more. What only the
+-- older one disputes is told of for as long as a covered change sets it otherwise than the row has it
+-- (or deletes the row), and mine is what the covered changes come to. `p_ops` are theirs, in order.
+create or replace function sync.carry_over(
+  p_record jsonb, p_older sync.conflicts, p_ops jsonb, p_row jsonb
+) returns jsonb language plpgsql immutable set search_path = '' as $$
+declare
+  v_names jsonb := p_record -> 'columns';
+  v_base jsonb := coalesce(nullif(p_record -> 'base', 'null'), '{}');
+  v_mine jsonb := coalesce(nullif(p_record -> 'mine', 'null'), '{}');
+  v_theirs jsonb := coalesce(nullif(p_record -> 'theirs', 'null'), '{}');
+  v_deletes constant boolean := exists (select from jsonb_array_elements(p_ops) o
+    where o ->> 'table' = p_older.table_name and o ->> 'id' = p_older.row_id
+      and o ->> 'kind' = 'delete');
+  v_name text;
+  v_path text[];
+  v_last jsonb;
+begin
+  for v_name in
+    select c from jsonb_array_elements_text(v_names) c union select unnest(p_older.columns)
+  loop
+    v_path := array[split_part(v_name, '.', 1)];
+    if v_name <> v_path[1] then
+      v_path := v_path || substr(v_name, length(v_path[1]) + 2);
+    end if;
+    select o -> 'values' #> v_path into v_last
+      from jsonb_array_elements(p_ops) with ordinality x (o, n)
+      where o ->> 'table' = p_older.table_name and o ->> 'id' = p_older.row_id
+        and o -> 'values' #> v_path is not null
+      order by n desc limit 1;
+    if not v_names ? v_name then
+      continue when v_names ? v_path[1] or v_last = p_row #> v_path
+        or (v_last is null and not v_deletes);
+      v_names := v_names || to_jsonb(v_name);
+      v_base := v_base || jsonb_build_object(v_name, p_older.base -> v_name);
+      if p_row is not null then
+        v_theirs := v_theirs || jsonb_build_object(v_name, p_row #> v_path);
+      end if;
+    end if;
+    if v_last is not null then
+      v_mine := v_mine || jsonb_build_object(v_name, v_last);
+    end if;
+  end loop;
+  return p_record || jsonb_build_object('through', p_older.through, 'base', v_base, 'mine', v_mine,
+    'theirs', v_theirs, 'columns', (select jsonb_agg(c order by c)
+      from jsonb_array_elements_text(v_names) c));
+end $$;
+
+-- Bring the undecided records of a parked transaction's rows up to date with what it has met now.
+create or replace function sync.renew_records(
+  p_parked sync.parked, p_records jsonb, p_rows jsonb
+) returns void language plpgsql set search_path = '' as $$
+declare
+  v_record jsonb;
+  v_older sync.conflicts;
+  v_ops jsonb;
+begin
+  for v_record in select r from jsonb_array_elements(p_records) r loop
+    delete from sync.conflicts c
+      where c.txn_id = p_parked.txn_id and c.user_id = p_parked.user_id and c.outcome = 'manual'
+        and c.resolved_at is null
+        and c.table_name = v_record ->> 'table' and c.row_id = v_record ->> 'id'
+      returning c.* into v_older;
+    if found then
+      select p_parked.item -> 'ops' || coalesce(jsonb_agg(o order by w.seq, n), '[]') into v_ops
+        from sync.parked w, jsonb_array_elements(w.item -> 'ops') with ordinality x (o, n)
+        where w.log_id = p_parked.log_id and w.user_id = p_parked.user_id
+          and w.state <> 'superseded' and w.seq > p_parked.seq
+          and w.seq <= (select t.seq from sync.parked t
+            where t.txn_id = v_older.through and t.log_id = p_parked.log_id);
+      v_record := sync.carry_over(v_record, v_older, v_ops,
+        nullif(p_rows -> (v_older.table_name || '/' || v_older.row_id), 'null'));
+    end if;
+    perform sync.record_conflicts(p_parked.log_id, p_parked.item, jsonb_build_array(v_record));
+  end loop;
+end $$;
+
 -- A parked transaction met rows that moved: what only one side changed is merged, the rest becomes
 -- (or stays) a record. An op that a person's `theirs` has left empty goes when the row has gone, with
 -- its `before`: there is nothing to decide about. Returns the rebased item, or null when a person must look.
@@ -193,11 +271,7 @@ begin
     return sync.rebase_item(
       p_parked.item || jsonb_build_object('ops', v_ops, 'before', v_before), v_versions);
   end if;
-  -- An older record of the same rows that nobody has decided yet is brought up to date.
-  delete from sync.conflicts c using jsonb_array_elements(v_records) r
-    where c.txn_id = p_parked.txn_id and c.user_id = p_parked.user_id and c.outcome = 'manual'
-      and c.resolved_at is null and c.table_name = r ->> 'table' and c.row_id = r ->> 'id';
-  perform sync.record_conflicts(p_parked.log_id, p_parked.item, v_records);
+  perform sync.renew_records(p_parked, v_records, p_rows);
   return null;
 end $$;
 
@@ -491,8 +565,9 @@ begin
     'ops', v_ops, 'before', v_before, 'met', coalesce(p_item -> 'met', '{}') || v_met);
 end $$;
 
--- After `theirs` or an edited row: waiting transactions that the record covers lose the columns too. One that the
--- person hasn't seen must not overwrite the decision unnoticed, so it is made to meet the row.
+-- After `theirs` or an edited row: waiting transactions that the record covers lose the columns too,
+-- and give up deleting the row. One that the person hasn't seen must not overwrite the decision
+-- unnoticed, so it is made to meet the row.
 create or replace function sync.follow_decision(
   p_parked sync.parked, p_record sync.conflicts
 ) returns void language plpgsql set search_path = '' as $$
@@ -500,6 +575,7 @@ declare
   v_through constant bigint := coalesce((select q.seq from sync.parked q
     where q.txn_id = p_record.through and q.log_id = p_parked.log_id), p_parked.seq);
   v_waiting sync.parked;
+  v_changes boolean;
   v_op jsonb;
   v_ops jsonb;
 begin
@@ -510,13 +586,15 @@ begin
       order by w.seq for update loop
     v_ops := '[]';
     for v_op in select o from jsonb_array_elements(v_waiting.item -> 'ops') o loop
-      if v_op ->> 'table' = p_record.table_name and v_op ->> 'id' = p_record.row_id
-          and v_op ->> 'kind' = 'update'
-          and v_op -> 'values' ?| array(select split_part(c, '.', 1) from unnest(p_record.columns) c)
-      then
-        v_op := case when v_waiting.seq <= v_through
-          then sync.without_columns(v_op, p_record.columns, p_record.theirs, v_op -> 'base')
-          else v_op || '{"base": null}' end;
+      if v_op ->> 'table' = p_record.table_name and v_op ->> 'id' = p_record.row_id then
+        v_changes := v_op ->> 'kind' = 'update' and v_op -> 'values'
+          ?| array(select split_part(c, '.', 1) from unnest(p_record.columns) c);
+        if v_waiting.seq <= v_through and (v_changes or v_op ->> 'kind' = 'delete') then
+          v_op := sync.without_columns(
+            v_op, p_record.columns, p_record.theirs, v_op -> 'base');
+        elsif v_changes then
+          v_op := v_op || '{"base": null}';
+        end if;
       end if;
       v_ops := v_ops || jsonb_build_array(v_op);
     end loop;

@@ -120,6 +120,14 @@ def _net(spec: TableSpec, column: str, first: Any, made: Sequence[Any], theirs: 
     return Net(column, sides, stands=True, overlaps=overlaps, keys=frozenset(taken))
 
 
+def keys_of(column: str, sides: Sides) -> dict[str, Sides]:
+    """Return what they changed in a column that is merged by key, by the names of its keys."""
+    return {
+        f"{column}.{key}": Sides(sides.base.get(key, ABSENT), ABSENT, sides.theirs.get(key, ABSENT))
+        for key in changed_keys(sides.base, sides.theirs)
+    }
+
+
 def setters(steps: Sequence[Step], nets: Mapping[str, Net], names: Mapping[str, Any]) -> list[Step]:
     """Return the steps that set one of the overlapping columns or keys in `names`."""
     found = []

@@ -23,6 +23,7 @@ from syncer.core.net_effect import (
     Sides,
     Step,
     decided,
+    keys_of,
     net_effect,
     policy_of,
     setters,
@@ -79,6 +80,7 @@ class _Merging:
                 while following < len(self._steps) and self._steps[following].kind == "update":
                     following += 1
                 self._change(self._steps[at:following])
+                self._ask_for_delete(self._steps[following:])
             at = following
         self._lose()
 
@@ -287,6 +289,22 @@ class _Merging:
         body = {name: value for name, value in self._standing.items() if name not in unsaid}
         self.plan.written[step.txn, step.op] = Written("delete", {}, body)
         self.plan.row, self._own = None, True
+
+    def _ask_for_delete(self, following: Sequence[Step]) -> None:
+        """Let the record of a run that waits for a person tell what a delete behind it would take.
+
+        The delete follows its run without meeting the row again, so nothing else would tell.
+        """
+        if self.plan.manual is None or not following or following[0].kind != "delete":
+            return
+        part, taken = self.plan.manual, self._changed_for(following[0])
+        columns = dict(part.columns)
+        for name, sides in taken.items():
+            by_key = any(known.startswith(f"{name}.") for known in part.columns)
+            for known, found in keys_of(name, sides).items() if by_key else [(name, sides)]:
+                columns.setdefault(known, found)
+        if taken:
+            self.plan.manual = replace(part, columns=columns, steps=[*part.steps, following[0]])
 
     def _changed_for(self, step: Step) -> dict[str, Sides]:
         """Return the user columns that somebody else changed since the author knew the row."""

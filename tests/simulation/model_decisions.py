@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from local_store.ops import Row
+from syncer.core.json_merge import ABSENT
 
 Choice = Literal["mine", "theirs", "edited"]
 Overlap = tuple[str, ...]
@@ -74,3 +75,42 @@ def covered(op: Row, record: Mapping[str, Any]) -> bool:
     columns = {name.partition(".")[0] for name in record["columns"]}
     is_there = (op["table"], op["id"]) == (record["table"], record["id"])
     return is_there and op["kind"] == "update" and not columns.isdisjoint(op["values"])
+
+
+def given_up(op: Row, record: Mapping[str, Any]) -> bool:
+    """Tell whether an op deletes the row of a record, which stays when it isn't mine."""
+    return (op["table"], op["id"], op["kind"]) == (record["table"], record["id"], "delete")
+
+
+def carried_over(record: Row, older: Mapping[str, Any], ops: Sequence[Row], row: Row | None) -> Row:
+    """Return a newer record in an undecided one's place, which also covers what waits behind.
+
+    `ops` are those of the covered changes. What only the older one disputes is told of while one of
+    them still sets it otherwise than the row has it, or deletes the row.
+    """
+    columns = set(record["columns"])
+    mine, theirs = dict(record["mine"]), dict(record["theirs"])
+    ops = [op for op in ops if (op["table"], op["id"]) == (record["table"], record["id"])]
+    is_deleted = any(op["kind"] == "delete" for op in ops)
+    for name in sorted({*columns, *older["columns"]}):
+        column, _, key = name.partition(".")
+        values = [_at(op["values"], column, key) for op in ops]
+        made = [value for value in values if value is not ABSENT]
+        if name not in record["columns"]:
+            there = _at(row or {}, column, key)
+            if column in record["columns"] or (made[-1] == there if made else not is_deleted):
+                continue
+            columns.add(name)
+            if there is not ABSENT:
+                theirs[name] = there
+        if made:
+            mine[name] = made[-1]
+    sides = {"columns": sorted(columns), "mine": mine, "theirs": theirs}
+    return {**record, **sides, "through": older.get("through")}
+
+
+def _at(values: Mapping[str, Any], column: str, key: str) -> Any:
+    found = values.get(column, ABSENT)
+    if not key:
+        return found
+    return found.get(key, ABSENT) if isinstance(found, dict) else ABSENT

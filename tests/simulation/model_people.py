@@ -13,7 +13,16 @@ from typing import Any
 from local_store.ops import Row
 from syncer.core.wire import CHAINED
 from syncer.errors import ProtocolMismatch
-from tests.simulation.model_decisions import Choice, covered, decided, overlap, rebased, without
+from tests.simulation.model_decisions import (
+    Choice,
+    carried_over,
+    covered,
+    decided,
+    given_up,
+    overlap,
+    rebased,
+    without,
+)
 from tests.simulation.model_entries import LedgerEntry, ParkedEntry, is_open
 from tests.simulation.remote_model import RemoteModel, told
 
@@ -183,12 +192,36 @@ class OperatedModel(RemoteModel):
         if not records and (met or len(kept) < len(item["ops"])):
             ops, befores = [op for op, _ in kept], [before for _, before in kept]
             return rebased({**item, "ops": ops, "before": befores}, met)
+        self._renew(item, records, verdict["rows"])
+        return None
+
+    def _renew(self, item: Row, records: Sequence[Row], rows: Mapping[str, Row | None]) -> None:
+        """Bring the undecided records of an item's rows up to date with what it has met now."""
+        renewed = []
         for record in records:
             key = (item["txn_id"], record["table"], record["id"], "manual")
-            if key in self.records and is_open(self.records[key]):
+            older = self.records.get(key)
+            if older is not None and is_open(older):
                 del self.records[key]
-        self._record(item, records)
-        return None
+                ops = [*item["ops"], *self._covered_ops(item, older.get("through"))]
+                row = rows[f"{record['table']}/{record['id']}"]
+                record = carried_over(record, older, ops, row)
+            renewed.append(record)
+        self._record(item, renewed)
+
+    def _covered_ops(self, item: Row, through: str | None) -> list[Row]:
+        """Return the ops of what waits behind an item, up to the last one that a record covers."""
+        entry, last = self.parked[item["txn_id"]], self.parked.get(through or "")
+        if last is None or last.log_id != entry.log_id:
+            return []
+        waiting = [
+            found.item
+            for found in self.parked.values()
+            if (found.log_id, found.item["user_id"]) == (entry.log_id, item["user_id"])
+            and found.state != "superseded"
+            and item["seq"] < found.item["seq"] <= last.item["seq"]
+        ]
+        return [op for found in sorted(waiting, key=lambda w: w["seq"]) for op in found["ops"]]
 
     def _unlink(self, txn_id: str, item: Row) -> None:
         bases = {f"{op['table']}/{op['id']}": op.get("base") for op in item["ops"]}
@@ -251,16 +284,14 @@ class OperatedModel(RemoteModel):
             is_own = found.item["user_id"] == entry.item["user_id"]
             if not (is_later and is_own and found.state != "superseded"):
                 continue
-            ops = [
-                (
-                    without(op, record, op["base"])
-                    if found.item["seq"] <= last
-                    else {**op, "base": None}
-                )
-                if covered(op, record)
-                else op
-                for op in found.item["ops"]
-            ]
+            is_told = found.item["seq"] <= last
+            ops = []
+            for op in found.item["ops"]:
+                if is_told and (covered(op, record) or given_up(op, record)):
+                    op = without(op, record, op["base"])
+                elif covered(op, record):
+                    op = {**op, "base": None}
+                ops.append(op)
             self.parked[other] = replace(found, item={**found.item, "ops": ops})
 
 

@@ -112,6 +112,71 @@ def test_mine_decides_nothing_for_what_its_author_wrote_next_without_knowing_the
     assert record["theirs"] == {"metadata": {"theirs": 1}}
 
 
+def test_a_record_of_a_row_that_moved_again_still_tells_of_what_waits_behind(db, user):
+    """What waits was merged with the row that the first record was about: it asks nothing more."""
+    row_id = db.session(user)
+    base = db.version("sessions", row_id)
+    theirs = "update sessions set status = 'abandoned', metadata = '{\"theirs\": 1}' where id = %s"
+    db.as_user(user, theirs, row_id)
+    met = db.version("sessions", row_id)
+    first = db.transaction(user, update("sessions", row_id, base, status="finalized"))
+    op = update("sessions", row_id, "chained", metadata={"mine": 1}, status="active")
+    second = db.transaction(user, op, after=[first["txn_id"]])
+    on_theirs = {"met": {f"sessions/{row_id}": met}}
+    record = {
+        "table": "sessions", "id": row_id, "columns": ["metadata", "status"], "policy": "merge",
+        "base": {"metadata": {}, "status": "active"}, "theirs_version": met, "outcome": "manual",
+        "mine": {"metadata": {"mine": 1}, "status": "active"},
+        "theirs": {"metadata": {"theirs": 1}, "status": "abandoned"}, "through": second["txn_id"],
+    }  # fmt: skip
+    asked = {**sent(first, [{"status": "active"}]), **on_theirs}
+    park(db, {"transaction": asked, "state": "conflict", "records": [record]})
+    park(db, held({**second, **on_theirs}, first["txn_id"],
+        [{"metadata": {"theirs": 1}, "status": "finalized"}]))  # fmt: skip
+    db.as_user(user, "update sessions set client = '{\"n\": 1}' where id = %s", row_id)
+
+    assert results(resolve(db, conflict_of(db, first), "mine")) == [("conflict", None)]
+    [renewed] = open_records(db, first)
+    assert renewed["columns"] == ["metadata", "status"]
+    assert [renewed[side] for side in ("base", "mine", "theirs")] == [
+        record[side] for side in ("base", "mine", "theirs")
+    ]
+    assert results(resolve(db, renewed, "theirs")) == [("applied", None)] * 2
+    kept = db.one("select to_jsonb(s) from sessions s where id = %s", row_id)
+    assert (kept["status"], kept["metadata"]) == ("abandoned", {"theirs": 1})
+
+
+def test_a_renewed_record_still_tells_of_what_a_delete_behind_would_take_along(db, user):
+    row_id, first = in_conflict(
+        db, user, mine={"status": "finalized"},
+        theirs="status = 'abandoned', metadata = '{\"theirs\": 1}'",
+    )  # fmt: skip
+    op = delete("sessions", row_id, "chained")
+    second = db.transaction(user, op, after=[first["txn_id"]])
+    park(db, held(second, first["txn_id"]))
+    db.query(
+        "update sync.conflicts set columns = '{metadata,status}', through = %s,"
+        " theirs = theirs || '{\"metadata\": {\"theirs\": 1}}' where txn_id = %s returning 1",
+        second["txn_id"], first["txn_id"],
+    )  # fmt: skip
+    db.as_user(user, "update sessions set client = '{\"n\": 1}' where id = %s", row_id)
+    assert results(resolve(db, conflict_of(db, first), "mine")) == [("conflict", None)]
+    [renewed] = open_records(db, first)
+    assert renewed["theirs"] == {"metadata": {"theirs": 1}, "status": "abandoned"}
+    assert results(resolve(db, renewed, "theirs")) == [("applied", None)] * 2
+    assert status_of(db, row_id) == "abandoned"
+
+
+def test_a_renewed_record_leaves_out_what_nobody_disputes_any_more(db, user):
+    mine = {"metadata": {"n": 1}, "status": "finalized"}
+    row_id, transaction = in_conflict(
+        db, user, mine=mine, theirs="status = 'abandoned', metadata = '{\"n\": 2}'"
+    )
+    db.as_user(user, "update sessions set metadata = '{\"n\": 1}' where id = %s", row_id)
+    assert results(resolve(db, conflict_of(db, transaction), "mine")) == [("conflict", None)]
+    assert [record["columns"] for record in open_records(db, transaction)] == [["status"]]
+
+
 def behind_an_edit(db: Database, user: str) -> tuple[str, Row, str]:
     """A dead letter that a person edited and hasn't retried yet."""
     row_id = db.session(user)

@@ -114,6 +114,21 @@ def test_what_was_merged_before_a_manual_delete_keeps_its_record() -> None:
     assert record_keys(merged) == [("t1", ("title",), "local"), ("t2", ("title",), "manual")]
 
 
+def test_the_record_of_a_change_tells_what_the_delete_behind_it_would_take_along() -> None:
+    author = Author(note=server_row())
+    author.write(changed(title="mine", meta={"a": 2, "b": 1}))
+    author.write(deleted())
+    theirs = server_row(title="theirs", stars=5, meta={"a": 3, "b": 4})
+    merged, stored, _ = sent(author, theirs)
+    [record] = merged.manual["t1"]
+    assert kinds(stored) == [["update"], ["delete"]]
+    assert record["columns"] == ["meta.a", "meta.b", "stars", "title"]
+    assert record["base"] == {"meta.a": 1, "meta.b": 1, "stars": 1, "title": "A"}
+    assert record["mine"] == {"meta.a": 2, "title": "mine"}
+    assert record["theirs"] == {"meta.a": 3, "meta.b": 4, "stars": 5, "title": "theirs"}
+    assert record["through"] == "t2"
+
+
 def test_both_sides_deleting_is_nothing_even_after_own_updates() -> None:
     author = Author(note=server_row())
     author.write(changed(title="mine"))
