@@ -142,8 +142,10 @@ def with_values(op: Op, values: Mapping[str, Any]) -> Op:
 
 
 def _about(op: Op, record: Row) -> bool:
-    there = key_of(op) == (record["table"], record["id"])
-    return there and isinstance(op, Update) and not set(record["columns"]).isdisjoint(op.changes)
+    if key_of(op) != (record["table"], record["id"]):
+        return False
+    changes = op.changes if isinstance(op, Update) else ()
+    return isinstance(op, Delete) or not set(record["columns"]).isdisjoint(changes)
 
 
 def without(ops: tuple[Op, ...], record: Row, *, gone: bool) -> list[Op]:
