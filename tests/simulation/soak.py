@@ -2,8 +2,9 @@
 
     SOAK_S=3600 python -m tests.simulation.soak
 
-Exit 1 when a history fails, or when memory or open descriptors at the end are above what they were
-after the first twentieth of the time.
+A history that fails is told with its seed, and the next one follows. Exit 1 when one failed, or
+when memory or open descriptors at the end are above what they were after the first twentieth of the
+time.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ def descriptors() -> int:
 def main() -> None:
     """Run until the time is over."""
     began, seed, settled = CLOCK.monotonic(), FIRST_SEED, None
-    said = began
+    said, failed = began, list[int]()
     while (now := CLOCK.monotonic()) < began + SOAK_S:
         report = run(seed)
         if report.findings:
-            print(f"seed {seed}: {report.findings[0]}")
-            sys.exit(1)
+            failed.append(seed)
+            print(f"seed {seed}: {report.findings[0]}", flush=True)
         seed += 1
         if settled is None and now > began + SOAK_S / 20:
             settled = resident_bytes(), descriptors()
@@ -54,9 +55,10 @@ def main() -> None:
     memory, files = resident_bytes(), descriptors()
     print(
         f"{seed - FIRST_SEED} histories, seeds from {FIRST_SEED}; memory {settled[0] / 2**20:.1f}"
-        f" → {memory / 2**20:.1f} MiB, descriptors {settled[1]} → {files}"
+        f" → {memory / 2**20:.1f} MiB, descriptors {settled[1]} → {files};"
+        f" {len(failed)} failed{': ' if failed else ''}{', '.join(map(str, failed))}"
     )
-    sys.exit(memory > settled[0] + GROWTH_BYTES_MAX or files > settled[1])
+    sys.exit(bool(failed) or memory > settled[0] + GROWTH_BYTES_MAX or files > settled[1])
 
 
 if __name__ == "__main__":
