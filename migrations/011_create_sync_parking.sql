@@ -152,13 +152,32 @@ language sql immutable set search_path = '' as $$
     from jsonb_array_elements(p_item -> 'ops') with ordinality x (o, n)
 $$;
 
+create or replace function sync.on_its_way(p_txn_id uuid) returns boolean
+language sql stable set search_path = '' as $$
+  select p_txn_id is not null
+    and not exists (select from sync.parked q where q.txn_id = p_txn_id)
+    and not exists (select from sync.ledger l where l.txn_id = p_txn_id)
+$$;
+
+-- The last position in its log that a record of a parked transaction covers: up to where its container
+-- had merged, or all that is parked when that one is still on its way, because what comes behind a
+-- waiting change is never parked before it.
+create or replace function sync.covered_through(p_parked sync.parked, p_through uuid) returns bigint
+language sql stable set search_path = '' as $$
+  select coalesce(
+    (select q.seq from sync.parked q where q.txn_id = p_through and q.log_id = p_parked.log_id),
+    (select l.seq from sync.ledger l where l.txn_id = p_through and l.log_id = p_parked.log_id),
+    case when sync.on_its_way(p_through) then 9223372036854775807 else p_parked.seq end)
+$$;
+
 -- A newer record of a row in the place of an undecided older one, which also covers what waits behind:
 -- that was merged with the row that the older one was about, and asks nothing more. What only the
 -- older one disputes is told of for as long as a covered change sets it otherwise than the row has it
--- (or deletes the row), and mine is what the covered changes come to. `p_ops` are theirs, in order.
+-- (or deletes the row, or one is still on its way), and mine is what the covered changes come to.
+-- `p_ops` are theirs, in order.
 create or replace function sync.carry_over(
   p_record jsonb, p_older sync.conflicts, p_ops jsonb, p_row jsonb
-) returns jsonb language plpgsql immutable set search_path = '' as $$
+) returns jsonb language plpgsql stable set search_path = '' as $$
 declare
   v_names jsonb := p_record -> 'columns';
   v_base jsonb := coalesce(nullif(p_record -> 'base', 'null'), '{}');
@@ -167,6 +186,7 @@ declare
   v_deletes constant boolean := exists (select from jsonb_array_elements(p_ops) o
     where o ->> 'table' = p_older.table_name and o ->> 'id' = p_older.row_id
       and o ->> 'kind' = 'delete');
+  v_more constant boolean := sync.on_its_way(p_older.through);
   v_name text;
   v_path text[];
   v_last jsonb;
@@ -184,13 +204,16 @@ begin
         and o -> 'values' #> v_path is not null
       order by n desc limit 1;
     if not v_names ? v_name then
-      continue when v_names ? v_path[1] or v_last = p_row #> v_path
-        or (v_last is null and not v_deletes);
+      continue when v_names ? v_path[1] or (not v_more and case when v_last is null
+        then not v_deletes else v_last is not distinct from p_row #> v_path end);
       v_names := v_names || to_jsonb(v_name);
       v_base := v_base || jsonb_build_object(v_name, p_older.base -> v_name);
       if p_row is not null then
         v_theirs := v_theirs || jsonb_build_object(v_name, p_row #> v_path);
       end if;
+    end if;
+    if v_more and p_older.mine ? v_name then
+      v_last := p_older.mine -> v_name;
     end if;
     if v_last is not null then
       v_mine := v_mine || jsonb_build_object(v_name, v_last);
@@ -221,8 +244,7 @@ begin
         from sync.parked w, jsonb_array_elements(w.item -> 'ops') with ordinality x (o, n)
         where w.log_id = p_parked.log_id and w.user_id = p_parked.user_id
           and w.state <> 'superseded' and w.seq > p_parked.seq
-          and w.seq <= (select t.seq from sync.parked t
-            where t.txn_id = v_older.through and t.log_id = p_parked.log_id);
+          and w.seq <= sync.covered_through(p_parked, v_older.through);
       v_record := sync.carry_over(v_record, v_older, v_ops,
         nullif(p_rows -> (v_older.table_name || '/' || v_older.row_id), 'null'));
     end if;
@@ -572,8 +594,7 @@ create or replace function sync.follow_decision(
   p_parked sync.parked, p_record sync.conflicts
 ) returns void language plpgsql set search_path = '' as $$
 declare
-  v_through constant bigint := coalesce((select q.seq from sync.parked q
-    where q.txn_id = p_record.through and q.log_id = p_parked.log_id), p_parked.seq);
+  v_through constant bigint := sync.covered_through(p_parked, p_record.through);
   v_waiting sync.parked;
   v_changes boolean;
   v_op jsonb;

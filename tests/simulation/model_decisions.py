@@ -82,11 +82,14 @@ def given_up(op: Row, record: Mapping[str, Any]) -> bool:
     return (op["table"], op["id"], op["kind"]) == (record["table"], record["id"], "delete")
 
 
-def carried_over(record: Row, older: Mapping[str, Any], ops: Sequence[Row], row: Row | None) -> Row:
+def carried_over(
+    record: Row, older: Mapping[str, Any], ops: Sequence[Row], row: Row | None, *, more: bool
+) -> Row:
     """Return a newer record in an undecided one's place, which also covers what waits behind.
 
-    `ops` are those of the covered changes. What only the older one disputes is told of while one of
-    them still sets it otherwise than the row has it, or deletes the row.
+    `ops` are those of the covered changes, `more` of them may be on their way. What only the older
+    one disputes is told of while a change still sets it otherwise than the row has it, or deletes
+    the row.
     """
     columns = set(record["columns"])
     mine, theirs = dict(record["mine"]), dict(record["theirs"])
@@ -98,12 +101,15 @@ def carried_over(record: Row, older: Mapping[str, Any], ops: Sequence[Row], row:
         made = [value for value in values if value is not ABSENT]
         if name not in record["columns"]:
             there = _at(row or {}, column, key)
-            if column in record["columns"] or (made[-1] == there if made else not is_deleted):
+            is_over = made[-1] == there if made else not is_deleted
+            if column in record["columns"] or (is_over and not more):
                 continue
             columns.add(name)
             if there is not ABSENT:
                 theirs[name] = there
-        if made:
+        if more and name in older["mine"]:
+            mine[name] = older["mine"][name]
+        elif made:
             mine[name] = made[-1]
     sides = {"columns": sorted(columns), "mine": mine, "theirs": theirs}
     return {**record, **sides, "through": older.get("through")}

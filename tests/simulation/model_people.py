@@ -205,23 +205,36 @@ class OperatedModel(RemoteModel):
                 del self.records[key]
                 ops = [*item["ops"], *self._covered_ops(item, older.get("through"))]
                 row = rows[f"{record['table']}/{record['id']}"]
-                record = carried_over(record, older, ops, row)
+                more = self._on_its_way(older.get("through"))
+                record = carried_over(record, older, ops, row, more=more)
             renewed.append(record)
         self._record(item, renewed)
 
     def _covered_ops(self, item: Row, through: str | None) -> list[Row]:
-        """Return the ops of what waits behind an item, up to the last one that a record covers."""
-        entry, last = self.parked[item["txn_id"]], self.parked.get(through or "")
-        if last is None or last.log_id != entry.log_id:
-            return []
+        """Return the ops of what waits behind an item and is covered by its record."""
+        entry = self.parked[item["txn_id"]]
+        last = self.covered_through(entry, through)
         waiting = [
             found.item
             for found in self.parked.values()
             if (found.log_id, found.item["user_id"]) == (entry.log_id, item["user_id"])
             and found.state != "superseded"
-            and item["seq"] < found.item["seq"] <= last.item["seq"]
+            and item["seq"] < found.item["seq"] <= last
         ]
         return [op for found in sorted(waiting, key=lambda w: w["seq"]) for op in found["ops"]]
+
+    def covered_through(self, entry: ParkedEntry, through: str | None) -> float:
+        """Return the last position that a record covers: all that is parked, if it isn't here yet.
+
+        What comes behind a waiting change is never parked before it.
+        """
+        for found in (self.parked.get(through or ""), self.ledger.get(through or "")):
+            if found is not None and found.log_id == entry.log_id:
+                return found.item["seq"] if isinstance(found, ParkedEntry) else found.seq
+        return float("inf") if self._on_its_way(through) else entry.item["seq"]
+
+    def _on_its_way(self, txn_id: str | None) -> bool:
+        return txn_id is not None and txn_id not in self.parked and txn_id not in self.ledger
 
     def _unlink(self, txn_id: str, item: Row) -> None:
         bases = {f"{op['table']}/{op['id']}": op.get("base") for op in item["ops"]}
@@ -275,10 +288,7 @@ class OperatedModel(RemoteModel):
 
     def _follow(self, entry: ParkedEntry, record: Mapping[str, Any]) -> None:
         """Take a decision against the author over to what waits and is covered by its record."""
-        through = self.parked.get(record.get("through") or "")
-        last = entry.item["seq"]
-        if through is not None and through.log_id == entry.log_id:
-            last = through.item["seq"]
+        last = self.covered_through(entry, record.get("through"))
         for other, found in list(self.parked.items()):
             is_later = found.log_id == entry.log_id and found.item["seq"] > entry.item["seq"]
             is_own = found.item["user_id"] == entry.item["user_id"]

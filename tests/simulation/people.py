@@ -115,13 +115,12 @@ class People:
         first = self._server.parked.get(txn_id)
         found: dict[str, list[Row]] = {}
         for record in records if first is not None else ():
-            last = self._server.parked.get(record.get("through") or "")
+            last = self._server.covered_through(first, record.get("through"))
             for other, entry in self._server.parked.items():
                 is_shown = (
-                    last is not None
-                    and entry.state != "superseded"
-                    and (entry.log_id == first.log_id == last.log_id)
-                    and first.item["seq"] < entry.item["seq"] <= last.item["seq"]
+                    entry.state != "superseded"
+                    and entry.log_id == first.log_id
+                    and first.item["seq"] < entry.item["seq"] <= last
                     and entry.item["user_id"] == first.item["user_id"]
                 )
                 if is_shown and any(_about(op, record) for op in self._history.ops_of(other)):

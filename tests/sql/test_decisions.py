@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from local_store.door import digest_of
 from local_store.ops import Row, WireOp
 
@@ -112,8 +114,11 @@ def test_mine_decides_nothing_for_what_its_author_wrote_next_without_knowing_the
     assert record["theirs"] == {"metadata": {"theirs": 1}}
 
 
-def test_a_record_of_a_row_that_moved_again_still_tells_of_what_waits_behind(db, user):
-    """What waits was merged with the row that the first record was about: it asks nothing more."""
+@pytest.mark.parametrize("arrived", [True, False])
+def test_a_record_of_a_row_that_moved_again_still_tells_of_what_waits_behind(db, user, arrived):
+    """What waits was merged with the row that the first record was about: it asks nothing more.
+    Also when the last that the record covers is still on its way.
+    """
     row_id = db.session(user)
     base = db.version("sessions", row_id)
     theirs = "update sessions set status = 'abandoned', metadata = '{\"theirs\": 1}' where id = %s"
@@ -127,20 +132,19 @@ def test_a_record_of_a_row_that_moved_again_still_tells_of_what_waits_behind(db,
         "table": "sessions", "id": row_id, "columns": ["metadata", "status"], "policy": "merge",
         "base": {"metadata": {}, "status": "active"}, "theirs_version": met, "outcome": "manual",
         "mine": {"metadata": {"mine": 1}, "status": "active"},
-        "theirs": {"metadata": {"theirs": 1}, "status": "abandoned"}, "through": second["txn_id"],
+        "theirs": {"metadata": {"theirs": 1}, "status": "abandoned"},
+        "through": second["txn_id"] if arrived else new(),
     }  # fmt: skip
     asked = {**sent(first, [{"status": "active"}]), **on_theirs}
     park(db, {"transaction": asked, "state": "conflict", "records": [record]})
-    park(db, held({**second, **on_theirs}, first["txn_id"],
-        [{"metadata": {"theirs": 1}, "status": "finalized"}]))  # fmt: skip
+    before = {"metadata": {"theirs": 1}, "status": "finalized"}
+    park(db, held({**second, **on_theirs}, first["txn_id"], [before]))
     db.as_user(user, "update sessions set client = '{\"n\": 1}' where id = %s", row_id)
 
     assert results(resolve(db, conflict_of(db, first), "mine")) == [("conflict", None)]
     [renewed] = open_records(db, first)
-    assert renewed["columns"] == ["metadata", "status"]
-    assert [renewed[side] for side in ("base", "mine", "theirs")] == [
-        record[side] for side in ("base", "mine", "theirs")
-    ]
+    sides = ("columns", "base", "mine", "theirs")
+    assert [renewed[side] for side in sides] == [record[side] for side in sides]
     assert results(resolve(db, renewed, "theirs")) == [("applied", None)] * 2
     kept = db.one("select to_jsonb(s) from sessions s where id = %s", row_id)
     assert (kept["status"], kept["metadata"]) == ("abandoned", {"theirs": 1})
