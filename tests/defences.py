@@ -105,11 +105,11 @@ DEFENCES = (
     ),
     Defence(
         "parking together",
-        "a segment stays on the Volume for ever",
+        "what waits behind refused work is sent again instead of being parked with it",
         "syncer/flusher.py",
         "        parked |= {park.transaction.txn_id for park in parks}\n",
         "",
-        ("tests/unit/test_shipping_chains.py",),
+        ("tests/unit/test_flusher.py",),
     ),
     Defence(
         "reply validation",
