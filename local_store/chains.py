@@ -72,13 +72,22 @@ def rebase(
         _replace(connection, tables, known[item.txn_id].position, item) for item in rewritten
     )
     for name, row in rows.items():
-        rebuild(connection, tables, split_name(name), row, counter)
+        alone = _left_alone(chains, split_name(name))
+        rebuild(connection, tables, split_name(name), row, counter, met=not alone)
         base = None if row is None else str(row[tables[split_name(name)[0]].version])
         for stored in chains.transactions:
             reopening.meet(connection, stored.position, name, base)
             adopting.forget(connection, stored.position, name)
     number(connection, tables, before, counter)
     return bytes_more
+
+
+def _left_alone(chains: Chains, key: Key) -> bool:
+    """Tell whether a merge left alone all that is pending on a row: it is behind parked work."""
+    for item in chains.transactions:
+        if any((op.table, op.id) == key for op in item.ops):
+            return item.parked
+    return False
 
 
 def _is_current(connection: sqlite3.Connection, chains: Chains, keys: Sequence[Key]) -> bool:
@@ -134,10 +143,12 @@ def rebuild(
     key: Key,
     server_row: Row | None,
     counter: int,
+    *,
+    met: bool = True,
 ) -> None:
     """Let what is pending on a row build on the server's row; None: it is gone there.
 
-    The caller numbers the rows afterwards.
+    The caller numbers the rows afterwards. Without `met` the changes weren't merged with the row.
     """
     spec = tables[key[0]]
     known = rows_.base_view(connection, key)
@@ -155,7 +166,8 @@ def rebuild(
             known.version if known else 0,
         )
     rows_.put(connection, tables, key, made, counter)
-    rows_.note_met(connection, key, made.base)
+    if met:
+        rows_.note_met(connection, key, made.base)
     # The server's row has what it confirmed; what it confirmed before a restore it may not have.
     connection.execute(
         f"DELETE FROM touches WHERE tbl = ? AND id = ? AND stage = {SETTLED_STAGE}", key

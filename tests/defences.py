@@ -207,7 +207,8 @@ def noticed_by(defence: Defence) -> list[str]:
             timeout=TIMEOUT_S,
             check=False,
         )
-    return re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    found = re.findall(r"^(?:FAILED|ERROR) ([^\s\[]+)", done.stdout, re.MULTILINE)
+    return list(dict.fromkeys(found))
 
 
 def row_of(defence: Defence, failed: list[str]) -> str:

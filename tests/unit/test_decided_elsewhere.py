@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from local_store import Insert, Receipt, Update
 from local_store.clock import new_id
 from tests.simulation.model_people import OperatedModel
@@ -48,9 +50,11 @@ def test_of_two_changes_freed_together_the_older_one_never_comes_to_lie_on_top(t
         assert not server.parked
 
 
+@pytest.mark.parametrize("heard", [0, 1])
 def test_a_change_behind_unheard_decisions_does_not_pass_for_merged_with_what_they_met(
-    tmp_path: Path,
+    tmp_path: Path, heard: int
 ):
+    """Whether the buffer has heard of none of them, or of the first one only."""
     row_id = new_id()
     with opened(tmp_path, 2, OperatedModel) as world:
         server, store = world.server, world.stores[1]
@@ -63,7 +67,8 @@ def test_a_change_behind_unheard_decisions_does_not_pass_for_merged_with_what_th
         third = world.write(1, ANN, Update("notes", row_id, {"title": "third"}))
         world.edit(row_id, title="theirs")
         server.resolve(first.txn_id, f"notes/{row_id}", "theirs")
-        world.flushers[1].flush_once()  # the third alone: the others aren't asked about yet
+        store.recheck([first.txn_id][:heard])
+        world.flushers[1].flush_once()  # the others aren't asked about yet
         world.settle()
         assert server.rows["notes", row_id].values == {"text": "theirs", "title": "theirs"}
         assert store.state(third.txn_id) == "conflict"
