@@ -22,7 +22,7 @@ from tests.simulation.world import POWER_EVERY, VOLUME_EVERY
 from tests.unit.history_world import USERS
 
 FIRST_SEED = int(os.environ.get("SIMULATION_SEED", "1"))
-HISTORIES = int(os.environ.get("SIMULATION_HISTORIES", "1500"))
+HISTORIES = int(os.environ.get("SIMULATION_HISTORIES", "2500"))
 JOBS = min(2, os.cpu_count() or 1)
 TIMEOUT_S = max(600, HISTORIES)  # a busy machine runs a few histories a second
 SEEDS_OF_A_DEFENCE = range(1, 60)
