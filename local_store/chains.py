@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -84,10 +85,8 @@ def rebase(
 
 def _left_alone(chains: Chains, key: Key) -> bool:
     """Tell whether a merge left alone all that is pending on a row: it is behind parked work."""
-    for item in chains.transactions:
-        if any((op.table, op.id) == key for op in item.ops):
-            return item.parked
-    return False
+    on_it = (t for t in chains.transactions if any((op.table, op.id) == key for op in t.ops))
+    return any(t.parked for t in islice(on_it, 1))
 
 
 def _is_current(connection: sqlite3.Connection, chains: Chains, keys: Sequence[Key]) -> bool:

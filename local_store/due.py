@@ -251,6 +251,26 @@ def sealable(
     return found
 
 
+def seal_from(connection: sqlite3.Connection, after: int) -> int:
+    """Return the position behind which to seal: `after`, or less when a merge reached behind it.
+
+    What was merged together has one record, which its first transaction carries. A segment that has
+    only the later ones would let the older form of that one tell of itself alone.
+    """
+    is_merged = (
+        "l.ops = '[]' OR EXISTS (SELECT 1 FROM touches x JOIN rows r ON r.tbl = x.tbl"
+        " AND r.id = x.id WHERE x.position = t.position AND r.met IS NOT NULL)"
+    )
+    (first,) = connection.execute(
+        f"SELECT min(t.position) FROM {_TURNS}, json_each(l.records) e"
+        " JOIN names n ON n.txn_id = e.value ->> 'through'"
+        " WHERE t.position <= ?1 AND l.records <> '[]' AND n.position > ?1"
+        f" AND EXISTS (SELECT 1 FROM {_TURNS} WHERE t.position > ?1 AND ({is_merged}))",
+        (after,),
+    ).fetchone()
+    return after if first is None else int(first) - 1
+
+
 def _complete(
     connection: sqlite3.Connection, tables: Mapping[str, TableSpec], log_id: str, row: Found
 ) -> PendingTransaction:

@@ -32,6 +32,14 @@ class Sealing:
             lambda c: due.sealable(c, self._tables, after, transactions_max, bytes_max)
         )
 
+    def seal_from(self, after: int) -> int:
+        """Return behind which position to seal: `after`, or less if a merge reached behind it.
+
+        The first one of what was merged together carries the record of all, so it is sealed with
+        the others, in the form that the merge gave it.
+        """
+        return self._file.read(lambda c: due.seal_from(c, after))
+
     def undelivered_after(self, position: int) -> int:
         """Return how many undelivered transactions stand behind a position."""
         return self._file.read(lambda c: figures.undelivered_after(c, position))

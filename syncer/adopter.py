@@ -148,10 +148,8 @@ class Adopter:
         self._survey(found)
         for log_id, names in groupby(self._unsettled(found.names), lambda name: name.log_id):
             with self._opened(log_id) as store:
-                for name in names:
-                    segment = self._load(found, name)
-                    if segment is not None:
-                        self._take_in(found, store, segment)
+                for segment in self._newest(found, list(names)):
+                    self._take_in(found, store, segment)
                 yield store
 
     def log_ids(self) -> list[str]:
@@ -213,17 +211,38 @@ class Adopter:
                 selection=found.selection,
             )
             waiting = 0
-            for name in names:
-                segment = self._load(found, name)
-                if segment is not None and not self._take_in(found, store, segment):
+            for segment in self._newest(found, names):
+                if not self._take_in(found, store, segment):
                     break
-                waiting += 0 if segment is None else len(segment.transactions)
+                waiting += len(segment.transactions)
                 if waiting >= TRANSACTIONS_AT_ONCE:
                     self._flush(found, flusher)
                     waiting = 0
                 if not self._has_time(found):
                     break
             found.remaining[names[0].log_id] = self._flush_on(found, flusher, store)
+
+    def _newest(self, found: _Pass, names: Sequence[SegmentName]) -> Iterator[Segment]:
+        """Read one log's segments, each without what a newer one has again.
+
+        That was merged since, or its container began anew: the form that was sealed last is what
+        is true. Segments that overlap are read twice, so that only one is in memory.
+        """
+        for together in overlapping(names):
+            newest: dict[int, int] = {}  # the end of the log when a position was sealed last
+            for segment in self._loaded(found, together) if len(together) > 1 else ():
+                end = segment.header.acknowledged_seq
+                newest |= {t.seq: max(end, newest.get(t.seq, 0)) for t in segment.transactions}
+            for segment in self._loaded(found, together):
+                end = segment.header.acknowledged_seq
+                left = [t for t in segment.transactions if newest.get(t.seq, end) == end]
+                yield replace(segment, transactions=tuple(left))
+
+    def _loaded(self, found: _Pass, names: Sequence[SegmentName]) -> Iterator[Segment]:
+        for name in names:
+            segment = self._load(found, name)
+            if segment is not None:
+                yield segment
 
     def _flush_on(self, found: _Pass, flusher: Flusher, store: LocalStore) -> int:
         """Deliver while it gets less, without the waits of a buffer that has more than one pass.
@@ -283,6 +302,9 @@ class Adopter:
 
     def _take_in(self, found: _Pass, store: LocalStore, segment: Segment) -> bool:
         """Take a segment in; False when it is too young, as all behind it are."""
+        if not segment.transactions:
+            found.taken[segment.header.name] = 0
+            return True
         newest = max(datetime.fromisoformat(item.accepted_at) for item in segment.transactions)
         if newest > found.older_than:
             found.young.add(segment.header.name)
@@ -335,3 +357,17 @@ class Adopter:
             left=tuple(found.left),
             flush=found.flush,
         )
+
+
+def overlapping(names: Sequence[SegmentName]) -> Iterator[list[SegmentName]]:
+    """Yield one log's segments in order, those together whose positions overlap."""
+    together: list[SegmentName] = []
+    end = 0
+    for name in names:
+        if together and name.first_seq > end:
+            yield together
+            together = []
+        together.append(name)
+        end = max(end, name.last_seq)
+    if together:
+        yield together

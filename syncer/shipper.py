@@ -107,12 +107,14 @@ class Shipper:
         log_id = self._store.log_id
         if self._written.log_id != log_id:
             self._written = Mark(log_id)
+        position = self._store.seal_from(self._written.position)
         while found := self._store.sealable(
-            self._written.position, transactions_max=TRANSACTIONS_MAX, bytes_max=BYTES_MAX
+            position, transactions_max=TRANSACTIONS_MAX, bytes_max=BYTES_MAX
         ):
             self._seal(found)
+            position = found[-1].position
             seq = found[-1].seq if found[-1].log_id == log_id else 0
-            self._written = Mark(log_id, found[-1].position, max(seq, self._written.seq))
+            self._written = Mark(log_id, position, max(seq, self._written.seq))
         return self._written
 
     def _seal(self, transactions: list[PendingTransaction]) -> None:

@@ -110,6 +110,34 @@ def test_what_was_sealed_before_a_merge_does_not_follow_what_was_merged(world):
     ]
 
 
+@pytest.mark.parametrize("between", [0, 3])
+def test_what_is_sealed_after_a_merge_brings_along_what_it_was_merged_with(world, between):
+    """The first change was sealed before the merge, and carries the record of both after it."""
+    world.server = RemoteModel({spec.name: spec for spec in NOTES})
+    host, note = world.host(tables=NOTES), new_id()
+    host.store.write([Insert("notes", {"id": note, "text": "first"})], user_id=USER)
+    world.deliver(host)
+    host.store.write([Update("notes", note, {"text": "mine"})], user_id=USER)
+    host.shipper.ship()
+    for _ in range(between):
+        host.store.write([Insert("notes", {"text": "another"})], user_id=USER)
+        host.shipper.ship()
+    host.store.write([Update("notes", note, {"title": "later"})], user_id=USER)
+    world.server.delete_row(("notes", note))
+    limits = FlushLimits(batch_ops_max=1)
+    Flusher(host.store, world.server, limits=limits, clock=world.clock).flush_once()
+    host.shipper.ship()
+    host.die()
+
+    report = world.work(tables=NOTES)
+
+    [record] = world.server.records.values()
+    assert (record["outcome"], record["columns"]) == ("deleted", ["text", "title"])
+    assert record["mine"] == {"text": "mine", "title": "later"}
+    assert report.remaining == 0
+    assert len(world.server.ledger) == 3 + between
+
+
 def test_what_waits_behind_a_conflict_that_was_sealed_is_parked_with_it(world):
     """Its container had merged it and left it to a person, and died before it could say so."""
     world.server = RemoteModel({spec.name: spec for spec in NOTES})
