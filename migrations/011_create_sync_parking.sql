@@ -224,7 +224,8 @@ begin
       from jsonb_array_elements_text(v_names) c));
 end $$;
 
--- Bring the undecided records of a parked transaction's rows up to date with what it has met now.
+-- Bring the undecided records of a parked transaction's rows up to date with what it has met now. Where
+-- it changes a row twice, the second record takes the first one over.
 create or replace function sync.renew_records(
   p_parked sync.parked, p_records jsonb, p_rows jsonb
 ) returns void language plpgsql set search_path = '' as $$

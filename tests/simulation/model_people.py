@@ -197,7 +197,6 @@ class OperatedModel(RemoteModel):
 
     def _renew(self, item: Row, records: Sequence[Row], rows: Mapping[str, Row | None]) -> None:
         """Bring the undecided records of an item's rows up to date with what it has met now."""
-        renewed = []
         for record in records:
             key = (item["txn_id"], record["table"], record["id"], "manual")
             older = self.records.get(key)
@@ -207,8 +206,7 @@ class OperatedModel(RemoteModel):
                 row = rows[f"{record['table']}/{record['id']}"]
                 more = self._on_its_way(older.get("through"))
                 record = carried_over(record, older, ops, row, more=more)
-            renewed.append(record)
-        self._record(item, renewed)
+            self._record(item, [record])
 
     def _covered_ops(self, item: Row, through: str | None) -> list[Row]:
         """Return the ops of what waits behind an item and is covered by its record."""

@@ -171,6 +171,24 @@ def test_a_renewed_record_still_tells_of_what_a_delete_behind_would_take_along(d
     assert status_of(db, row_id) == "abandoned"
 
 
+def test_two_changes_of_one_row_have_one_record_of_both(db, user):
+    row_id = db.session(user)
+    base = db.version("sessions", row_id)
+    ops = [
+        update("sessions", row_id, base, status="finalized"),
+        update("sessions", row_id, "chained", metadata={"mine": 1}),
+    ]
+    transaction = db.transaction(user, *ops)
+    park(db, dead(transaction, [{"status": "active"}, {"metadata": {}}]))
+    theirs = "update sessions set status = 'abandoned', metadata = '{\"theirs\": 1}' where id = %s"
+    db.as_user(user, theirs, row_id)
+    tried = db.call("sync_retry_v1", {"txn_ids": [transaction["txn_id"]]})
+    assert results(tried) == [("conflict", None)]
+    [record] = open_records(db, transaction)
+    assert record["columns"] == ["metadata", "status"]
+    assert record["theirs"] == {"metadata": {"theirs": 1}, "status": "abandoned"}
+
+
 def test_a_renewed_record_leaves_out_what_nobody_disputes_any_more(db, user):
     mine = {"metadata": {"n": 1}, "status": "finalized"}
     row_id, transaction = in_conflict(

@@ -326,3 +326,11 @@ def test_one_flusher_works_on_a_folder_at_a_time(tmp_path: Path, store: LocalSto
         with store.flushing() as second:
             assert not second
     assert elsewhere() == "True"
+
+
+def test_what_was_adopted_already_stays_as_it_is(store: LocalStore, tmp_path: Path) -> None:
+    add(store)
+    sealed = store.sealable(0, transactions_max=10, bytes_max=10**6)
+    with LocalStore.open(tmp_path / "worker", tables=TABLES) as worker:
+        taken = [worker.adopt(sealed, acknowledged_seq=1, schemas={}) for _ in range(2)]
+        assert (taken, worker.stats()["pending"]) == ([1, 0], 1)
