@@ -299,6 +299,20 @@ async def test_the_same_request_sent_ten_times_at_once_has_one_effect(
     assert local.stats()["last_seq"] == 3
 
 
+async def test_a_request_that_its_own_repeat_overtakes_answers_what_that_one_made(
+    manager: SpecSessionManager, store: BufferedSessionStore, local: LocalStore
+) -> None:
+    class Overtaken(SketchTranslator):
+        def translate(self, prompt: str) -> dict[str, Any]:
+            made.append(asyncio.run(manager.create_from_prompt(PROMPT, request=key("k1"))))
+            return super().translate(prompt)
+
+    made: list[PromptSession] = []
+    slower = SpecSessionManager(store, Overtaken())
+    assert [await slower.create_from_prompt(PROMPT, request=key("k1"))] == made
+    assert local.stats()["last_seq"] == 1
+
+
 async def test_a_repeat_is_recognised_after_a_restart(tmp_path: Path) -> None:
     folder = tmp_path / "buffer"
     for _ in range(2):
