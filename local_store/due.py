@@ -257,6 +257,7 @@ def seal_from(connection: sqlite3.Connection, after: int) -> int:
     What was merged together has one record, which its first transaction carries. A segment that has
     only the later ones would let the older form of that one tell of itself alone.
     """
+    # Asked first, of what is new: the records of a long backlog are read only after a merge.
     is_merged = (
         "l.ops = '[]' OR EXISTS (SELECT 1 FROM touches x JOIN rows r ON r.tbl = x.tbl"
         " AND r.id = x.id WHERE x.position = t.position AND r.met IS NOT NULL)"

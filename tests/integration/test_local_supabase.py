@@ -102,6 +102,7 @@ def test_a_second_stack_runs_beside_the_first_and_leaves_nothing_behind(local_su
     assert not folder.exists()
 
 
+# It waits to be killed; should the test end before that, it ends by itself.
 STARTER = """
 import sys, time
 from syncer.testkit.local_supabase import LocalSupabase

@@ -1,8 +1,8 @@
 """People at the modelled server: they retry, discard, edit and decide what is parked.
 
 The history is told what they meant, worked out here from what their author wrote and what the
-person was shown; the server's own idea of it is not asked. A method named like an action of the
-world is that action.
+person was shown. Of the server's own idea only how far a record reaches is asked, which the tests
+of decisions hold against examples. A method named like an action of the world is that action.
 """
 
 from __future__ import annotations
