@@ -195,7 +195,7 @@ def compare_versions(one: str | None, other: str | None) -> int | None:
     return None
 
 
-@lru_cache(maxsize=100_000)  # long histories compare the same few versions over and over
+@lru_cache(maxsize=10_000)  # 3 MB; long histories compare the same few versions over and over
 def _parsed(version: str) -> datetime | int | None:
     """Read a version as an aware moment or an integer; None when it is neither."""
     with suppress(ValueError):

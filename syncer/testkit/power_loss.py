@@ -24,6 +24,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -107,7 +108,7 @@ class DiskRecorder:
         """Record what succeeded; what failed promised nothing."""
         with self._lock:
             covers = self._begun.pop((threading.get_ident(), call.path), 0)
-            name = os.path.relpath(call.path, self._folder)
+            name = _name_in(self._folder, call.path)
             if code or not call.path or name.startswith(".."):
                 return
             durable = call.durable or (call.kind == "sync" and self._syncs_folder(call.path))
@@ -265,6 +266,11 @@ class _File:
         del content[size:]
         content.extend(bytes(size - len(content)))
         self._content = content
+
+
+@lru_cache(maxsize=1_024)  # called with each write
+def _name_in(folder: str, path: str) -> str:
+    return os.path.relpath(path, folder)
 
 
 def _sectors(event: DiskEvent) -> list[tuple[int, bytes]]:

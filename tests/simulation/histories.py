@@ -20,21 +20,21 @@ from pathlib import Path
 from local_store import LocalStore
 from local_store.clock import SystemClock
 from tests.simulation.machine import Image, Report, image_of, restore
-from tests.simulation.world import PLANNED, TABLES, VOLUME_EVERY, World
+from tests.simulation.plans import VOLUME_EVERY, plan_of
+from tests.simulation.world import TABLES, World
 
 CLOCK = SystemClock()
 CONTAINERS, SPARES = 2, 2
-PLAN = tuple(range(PLANNED))
 
 
-def run(seed: int, plan: Sequence[int] = PLAN) -> Report:
-    """Run one history from its seed; the same plan gives the same trace."""
+def run(seed: int, only: Sequence[int] | None = None) -> Report:
+    """Run one history from its seed, or some of its actions; the same ones give the same trace."""
     folders = _folders()
     disks = list(folders)
     for folder in disks if seed % VOLUME_EVERY == 0 else disks[:CONTAINERS]:  # none is lost there
         restore(folder, folders[folder])
     with tempfile.TemporaryDirectory(dir=disks[0].parent) as root:
-        return World(seed, disks[:CONTAINERS], disks[CONTAINERS:], Path(root)).run(plan)
+        return World(seed, disks[:CONTAINERS], disks[CONTAINERS:], Path(root)).run(only)
 
 
 @cache
@@ -56,10 +56,11 @@ def _folders() -> dict[Path, Image]:
     return made
 
 
-def shortened(seed: int, plan: Sequence[int] = PLAN) -> tuple[int, ...]:
+def shortened(seed: int) -> tuple[int, ...]:
     """Return as few of the steps as still fail in the same way, left out part by part."""
-    kinds = {finding.partition(":")[0] for finding in run(seed, plan).findings}
-    kept, width = list(plan), max(1, len(plan) // 2)
+    kinds = {finding.partition(":")[0] for finding in run(seed).findings}
+    kept = list(plan_of(seed).actions)
+    width = len(kept) // 2
     while width:
         start = 0
         while start < len(kept):

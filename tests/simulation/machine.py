@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from local_store import LocalStore, space
+from local_store import LocalStore, file_forks, opening, space
 from local_store.clock import ManualClock
 from local_store.opening import FILE_NAME
 from local_store.ops import Row, TableSpec
@@ -86,16 +87,38 @@ def restore(folder: Path, image: Image) -> None:
             os.close(descriptor)
 
 
+@contextmanager
+def handed_down(connections: Sequence[sqlite3.Connection]) -> Iterator[None]:
+    """Let whoever opens the file in the block go on with these connections, the last one first."""
+    connect, left = opening.connect, list(connections)
+
+    def connect_again(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
+        return left.pop() if left else connect(path, readonly=readonly)
+
+    opening.connect = connect_again
+    try:
+        yield
+    finally:
+        opening.connect = connect
+        file_forks.close_all(left)
+
+
 @dataclass
 class Edges:
     """Every place at which the world can change between two actions of a container.
 
-    `count` grows with each; when `left` reaches zero the process ends there.
+    When `left` reaches zero the process ends there. `steps` counts those that nobody tells of.
     """
 
     tell: Callable[[str], None]
     die: Callable[[], None]
     left: int = -1
+    steps: int = 0
+
+    def step(self, name: str) -> None:
+        """Take a step of which only this process knows, or end there."""
+        self.steps += 1
+        self.pass_by(name)
 
     def pass_by(self, name: str) -> None:
         """Go on, or end here."""
@@ -108,6 +131,16 @@ class Edges:
                 raise Crash(self)
 
 
+def passing_by(commit: Callable[..., None], edges: Edges) -> Callable[..., None]:
+    """Return a commit of the buffer's file that is an edge once it is done."""
+
+    def committed(*given: Any) -> None:
+        commit(*given)
+        edges.step("a commit")
+
+    return committed
+
+
 class EdgeClock:
     """The world's clock as one container sees it: each look at it is an edge."""
 
@@ -116,12 +149,12 @@ class EdgeClock:
 
     def now(self) -> datetime:
         """Return the world's moment."""
-        self._edges.pass_by("a look at the clock")
+        self._edges.step("a look at the clock")
         return self._clock.now()
 
     def monotonic(self) -> float:
         """Return the world's seconds."""
-        self._edges.pass_by("a look at the clock")
+        self._edges.step("a look at the clock")
         return self._clock.monotonic()
 
     def sleep(self, seconds: float) -> None:
@@ -262,6 +295,8 @@ class Container:
         self.store = LocalStore.open(
             self.folder, tables=self._tables, clock=self._clock, ids=self._new_id
         )
+        file = self.store._file
+        setattr(file, "_commit", passing_by(file._commit, self.edges))  # noqa: B010 - a method
         limits = FlushLimits(batch_ops_max=self._dice.choice([1, 3, 20]))
         self.flusher = Flusher(
             self.store, self.line, limits=limits, clock=self._clock, jitter=self._dice.random
@@ -281,15 +316,37 @@ class Container:
         """Start again on what the dead process left; it may die again over that."""
         while True:
             self.crashes += 1
-            self.abandon()
-            restore(self.folder, self._last)
+            kept = self._handed_down()
+            if kept is None:
+                self.abandon()
+                restore(self.folder, self._last)
             if self.disk is not None:
                 self.disk.risen()
             try:
-                self.open()
+                with handed_down(kept or []):
+                    self.open()
                 return
             except Crash:
                 continue
+
+    def _handed_down(self) -> list[sqlite3.Connection] | None:
+        """Return the dead process's connections, if all files are as they were when it died.
+
+        Opening a file anew and compiling every statement again is most of what a start costs; after
+        a rollback these connections see what a new one would. None after a power loss, and when
+        the dead process's handlers still wrote something: then the files are put back instead.
+        """
+        if self.disk is not None:
+            return None
+        connections = self.store._file._let_go()
+        for connection in connections:
+            connection.rollback()
+        self.store.close()
+        if connections and image_of(self.folder) == self._last:
+            return connections
+        self._cut_log()
+        file_forks.close_all(connections)
+        return None
 
     def lose(self, folder: Path) -> None:
         """End with the disk; what comes up instead has another."""
@@ -313,10 +370,13 @@ class Container:
         A dead process moves nothing from its write-ahead log into its file; an emptied one keeps
         the close, which can't be left out, from spending the time on it.
         """
-        with suppress(FileNotFoundError):
-            os.truncate(self.folder / f"{FILE_NAME}{_LOG}", 0)
+        self._cut_log()
         with suppress(Exception):
             self.store.close()
+
+    def _cut_log(self) -> None:
+        with suppress(FileNotFoundError):
+            os.truncate(self.folder / f"{FILE_NAME}{_LOG}", 0)
 
     def leave(self) -> None:
         """End for good; nobody looks at the files again."""

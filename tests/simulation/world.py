@@ -25,48 +25,23 @@ from syncer.remote import TableRead
 from syncer.testkit.fake_volume import FakeVolume
 from syncer.testkit.history import Finding, History, check, joined, observe_store
 from tests.simulation.knowledge import Knowledge
-from tests.simulation.machine import Container, Crash, Network, Report, new_id_of
+from tests.simulation.machine import Container, Crash, Edges, Network, Report, new_id_of
 from tests.simulation.model_people import OperatedModel
 from tests.simulation.people import People
+from tests.simulation.plans import PEOPLE, POWER_EVERY, VOLUME, plan_of
 from tests.simulation.power import Disk
 from tests.simulation.shipping import Harbour
 from tests.simulation.watch import NOT_ACCEPTED, Watch
 from tests.unit.history_world import TABLES, USERS, observe_model
 
-PLANNED = 68  # actions; what the network does with each request counts besides
-CLASHES = (5, 26, 38)  # the actions at which two containers change one value
-CRASHES = (10, 22, 36, 52)  # the actions at which a process is told to end soon
-EDGES_MAX = 30  # of the process that is to end: looks at the clock, parts of a call
+EDGES_MAX = 40  # of the process that is to end: looks at the clock, commits, parts of a call
 TROUBLE, DOWN = 0.3, 4.0  # parts of the requests to which something happens: all are refused
 REPEATS = 0.7  # of the calls whose clients got no answer
 WORDS = ("one", "two", "three", "four")
 CRASHES_MIN = 3
 BATCHES_MAX = 50
+PEOPLES_LAST = 3  # things that people do about what is parked before all is quiet, twice
 QUIET_S, QUIET_PASSES_MAX = 600.0, 20  # every wait of the flusher is over by then
-
-_ACTIONS = {
-    "insert": 7,
-    "update": 14,
-    "both": 5,
-    "child": 6,
-    "delete": 2,
-    "poison": 1,
-    "orphan": 1,
-    "expect": 3,
-    "look": 14,
-    "refresh": 6,
-    "flush": 16,
-    "late": 6,
-    "wait": 10,
-    "outage": 2,
-    "edit": 5,
-    "strike": 1,
-    "restart": 1,
-}
-_OF_PEOPLE = {"discard": 2, "retry": 3, "cure": 1, "amend": 2, "decide": 4}
-_ON_A_VOLUME = {"ship": 6, "background": 2, "work": 3, "lose": 3}
-POWER_EVERY = 6  # histories have disks that can lose power: every third of those with a Volume
-VOLUME_EVERY = 4  # histories have a Volume: a pass of its worker costs as much as 20 other steps
 
 
 class World:
@@ -91,64 +66,66 @@ class World:
         self.containers = [Container(folder, *about) for folder in folders]
         self.watch = Watch(self.server, seed)
         self.knowledge = Knowledge(self.server, self.history, self.step)
-        self._actions = _ACTIONS | _OF_PEOPLE
+        self._plan = plan_of(seed)
         ids = partial(new_id_of, self.clock, self.dice)
         self.people = People(self.server, self.history, self.dice, self._text, ids)
         about = (self.clock, self.network, self.dice)
         self.harbour = Harbour(FakeVolume(root, clock=self.clock, seed=seed), TABLES, about, spares)
-        if seed % VOLUME_EVERY == 0:
-            self._actions |= _ON_A_VOLUME
 
     # -- running --
 
     def step(self, what: str) -> None:
-        """Count something that happened, and add it to the trace."""
+        """Count something that happened, and add it to the trace.
+
+        What only one process knows of is counted there: its looks at the clock and its commits.
+        """
         self.steps += 1
         self._trace.update(what.encode())
 
-    def run(self, plan: Sequence[int]) -> Report:
-        """Run the planned steps, then let all become quiet, and judge."""
+    def run(self, only: Sequence[int] | None = None) -> Report:
+        """Run the planned actions or some of them, then let all become quiet, and judge."""
         try:
-            return self._run(plan)
+            return self._run(self._plan.actions if only is None else only)
         finally:  # the next history has the same files: nobody may have them open
             for container in self.containers:
                 self.harbour.leave(container)
                 container.leave()
 
-    def _run(self, plan: Sequence[int]) -> Report:
-        for number in plan:
+    def _run(self, actions: Sequence[int]) -> Report:
+        for number in actions:
             self._reseed(number)
             self._take(number)
-        self._reseed(len(plan))
+        self._reseed(len(self._plan.actions))
         self._quieten()
         findings = [f"{f.kind}: {f}" for f in self._judge()]
         return Report(
             self.seed,
-            self.steps,
+            self.steps + sum(edges.steps for edges in self._edges()),
             sum(container.crashes for container in self.containers),
             self.network.conflicts,
             self._trace.hexdigest(),
             (*self.watch.wrong, *self.wrong, *findings),
         )
 
+    def _edges(self) -> list[Edges]:
+        return [self.harbour.edges, *(container.edges for container in self.containers)]
+
     def _reseed(self, number: int) -> None:
         self.dice.seed(self.seed * 1_000_003 + number)
 
     def _take(self, number: int) -> None:
         container = self.dice.choice(self.containers)
-        if number in CRASHES:
+        if number in self._plan.crashes:
             container.arm(self.dice.randint(1, EDGES_MAX))
         if self.clock.monotonic() >= self._down_until:
             self.network.trouble = TROUBLE
-        what = self.dice.choices(list(self._actions), self._actions.values())[0]
-        if number in CLASHES:
-            what = "clash"
+        what = self._what(number)
         self.step(f"{number} {what}")
         try:
             with suppress(LocalStoreError):
-                if what in _ON_A_VOLUME:
+                if what in VOLUME:
                     getattr(self.harbour, what)(container)
-                elif what in _OF_PEOPLE:
+                elif what in PEOPLE:
                     getattr(self.people, what)()
                 else:
                     getattr(self, f"_{what}")(container)
@@ -156,6 +133,28 @@ class World:
         except Crash as crash:
             self._rise(crash)
         self.clock.advance(1)
+
+    def _what(self, number: int) -> str:
+        """Choose an action among those that have something to act on."""
+        if number in self._plan.clashes:
+            return "clash"
+        idle = self._idle()
+        likely = {name: weight for name, weight in self._plan.likely.items() if name not in idle}
+        return "insert" if number == 0 else self.dice.choices(list(likely), likely.values())[0]
+
+    def _idle(self) -> set[str]:
+        """Return the actions that have nothing to act on."""
+        idle = set() if self.network.late else {"late"}
+        if not self.server.rows:
+            idle |= {"edit", "strike"}
+        parked = {entry.state for entry in self.server.parked.values()}
+        if self.server.poison is None or not parked:
+            idle.add("cure")
+        if not parked & {"dead", "held"}:
+            idle |= {"discard", "amend"}
+        if not parked & {"dead", "held", "conflict"}:
+            idle |= {"retry", "decide"}
+        return idle
 
     def _rise(self, crash: Crash) -> None:
         self.step("risen")
@@ -181,10 +180,26 @@ class World:
         while self.network.late:
             self.network.deliver_late()
         self.network.trouble = 0.0
-        for _ in range(2):  # what one container delivers may free what another holds
-            for container in self.containers:
-                self._drain(container)
-            self.wrong += self.harbour.clear(QUIET_S)
+        self._settle()
+        if not self.network.conflicts:
+            self._clash(self.containers[0])
+        self._settle()  # what one container delivered may have freed what another holds
+
+    def _settle(self) -> None:
+        for _ in range(PEOPLES_LAST):
+            self._look_after()
+        for container in self.containers:
+            self._drain(container)
+        self.wrong += self.harbour.clear(QUIET_S)
+
+    def _look_after(self) -> None:
+        """Let people do one thing about what is parked, if anything is."""
+        idle = self._idle()
+        likely = {name: weight for name, weight in PEOPLE.items() if name not in idle}
+        if likely:
+            what = self.dice.choices(list(likely), likely.values())[0]
+            self.step(f"at last {what}")
+            getattr(self.people, what)()
 
     def _end(self, container: Container) -> None:
         self.harbour.leave(container)
@@ -234,9 +249,11 @@ class World:
         self._trace.update(txn_id.encode())
 
     def _mine(self, container: Container) -> tuple[str, Row | None]:
-        user = self.dice.choice(USERS)
-        rows = container.store.select("notes", user_id=user, limit=4)
-        return user, self.dice.choice(rows) if rows else None
+        for user in self.dice.sample(USERS, len(USERS)):
+            rows = container.store.select("notes", user_id=user, limit=4)
+            if rows:
+                return user, self.dice.choice(rows)
+        return USERS[0], None
 
     def _insert(self, container: Container) -> None:
         note, text = self._new_id(), self._text()

@@ -1,0 +1,62 @@
+"""What a history is likely to bring: its length, its accidents, and a taste for some actions.
+
+Each seed has tastes of its own: a history that does much of a few things comes further in each than
+one that does a little of everything (swarm testing, Groce et al., ISSTA 2012).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+
+LENGTHS = (6, 8, 8, 10, 10, 12, 12, 24)  # actions; each is some 10 steps, and the end 100 more
+CLASHES = 1  # actions at which two containers change one value
+CRASHES = 2  # actions at which a process is told to end soon; the others end between two actions
+TASTES = (0.0, 0.5, 1.0, 2.0, 4.0)  # times the usual
+NEEDED = ("insert", "update", "flush")  # without these nothing happens at all
+POWER_EVERY = 6  # histories have disks that can lose power: every third of those with a Volume
+VOLUME_EVERY = 4  # histories have a Volume: a pass of its worker costs as much as 20 other steps
+
+USERS = {
+    "insert": 7,
+    "update": 14,
+    "both": 5,
+    "child": 6,
+    "delete": 2,
+    "poison": 3,
+    "orphan": 1,
+    "expect": 3,
+    "look": 8,
+    "refresh": 6,
+    "flush": 16,
+    "late": 6,
+    "wait": 10,
+    "outage": 4,
+    "edit": 5,
+    "strike": 1,
+    "restart": 1,
+}
+PEOPLE = {"discard": 5, "retry": 9, "cure": 2, "amend": 10, "decide": 16}
+VOLUME = {"ship": 6, "background": 2, "work": 3, "lose": 3}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a history's actions, and what is likely or certain at each."""
+
+    actions: Sequence[int]
+    clashes: frozenset[int]
+    crashes: frozenset[int]
+    likely: Mapping[str, float]
+
+
+def plan_of(seed: int) -> Plan:
+    """Return the plan that belongs to a seed."""
+    dice = Random(f"the tastes of {seed}")
+    actions = range(dice.choice(LENGTHS))
+    usual = USERS | PEOPLE | (VOLUME if seed % VOLUME_EVERY == 0 else {})
+    likely = {name: weight * dice.choice(TASTES) for name, weight in usual.items()}
+    likely |= {name: likely[name] or usual[name] / 2 for name in NEEDED}
+    clashes = frozenset(dice.sample(actions[1:-2], CLASHES))
+    return Plan(actions, clashes, frozenset(dice.sample(actions[3:], CRASHES)), likely)
