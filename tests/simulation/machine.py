@@ -37,6 +37,7 @@ Image = dict[str, bytes]
 CALL_S = 0.2
 _LOG = "-wal"
 _SHARED_MEMORY = "-shm"  # made anew by the first who opens the file
+_SHARED_HEADER_BYTES = 136  # https://sqlite.org/walformat.html, 2.1
 _LEFT_ALONE = (space.FILE_NAME,)  # a MiB of zeros, given up on a full disk only
 
 
@@ -72,35 +73,91 @@ def image_of(folder: Path) -> Image:
 
 
 def restore(folder: Path, image: Image) -> None:
-    """Put a folder's bytes back into the same files, so that they keep their identity."""
+    """Put a folder's bytes back into the same files, so that they keep their identity.
+
+    Connections may have them open, but no transaction: they find the shared memory invalid.
+    """
     for entry in list(os.scandir(folder)):
         if entry.is_dir():
             shutil.rmtree(entry.path)
+        elif entry.name.endswith(_SHARED_MEMORY):
+            _overwrite(entry.path, bytes(_SHARED_HEADER_BYTES))
+        elif entry.name.endswith(_LOG):
+            os.truncate(entry.path, 0)
         elif entry.name not in image and entry.name not in _LEFT_ALONE:
             os.unlink(entry.path)
     for name, content in image.items():
-        descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            os.pwrite(descriptor, content, 0)
-            os.ftruncate(descriptor, len(content))
-        finally:
-            os.close(descriptor)
+        _overwrite(folder / name, content)
+        os.truncate(folder / name, len(content))
 
 
-@contextmanager
-def handed_down(connections: Sequence[sqlite3.Connection]) -> Iterator[None]:
-    """Let whoever opens the file in the block go on with these connections, the last one first."""
-    connect, left = opening.connect, list(connections)
-
-    def connect_again(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
-        return left.pop() if left else connect(path, readonly=readonly)
-
-    opening.connect = connect_again
+def _overwrite(path: str | Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        yield
+        os.pwrite(descriptor, content, 0)
     finally:
-        opening.connect = connect
-        file_forks.close_all(left)
+        os.close(descriptor)
+
+
+def nobody_reads(connection: sqlite3.Connection) -> bool:
+    """Tell whether no cursor holds a state of the file: a checkpoint has to wait for each."""
+    connection.execute("PRAGMA busy_timeout = 0")
+    try:
+        (is_busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    except sqlite3.OperationalError:
+        return False
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {opening.BUSY_TIMEOUT_MS}")
+    return not is_busy
+
+
+class Handles:
+    """Connections to folders' files that outlive the stores which opened them.
+
+    Opening a file anew and compiling every statement again is most of what a start costs. What lets
+    go of a folder's files has them put back next, with their shared memory made invalid: SQLite
+    then recovers the log, as it does for the first who opens a file. It forgets its pages by itself
+    only if the log's header is another one, and those of two empty logs are alike.
+    """
+
+    def __init__(self) -> None:
+        self._left: dict[Path, list[sqlite3.Connection]] = {}
+
+    def take_from(self, store: LocalStore, folder: Path) -> None:
+        """Take a dead process's connections from it."""
+        file = store._file
+        is_mine = file._identity is not None and file._identity == file._identity_on_disk()
+        connections = file._let_go()
+        for connection in connections:
+            connection.rollback()
+        if is_mine and len(connections) == 2 and nobody_reads(connections[1]):
+            self._left[folder] = connections
+        else:
+            file_forks.close_all(connections)
+
+    @contextmanager
+    def handed_down(self, folder: Path) -> Iterator[None]:
+        """Let whoever opens a folder's file in the block go on with its connections."""
+        connect, left = opening.connect, self._left.pop(folder, [])  # the reader's, the writer's
+        for connection in left:
+            connection.execute("PRAGMA shrink_memory")
+
+        def connect_again(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
+            return left.pop() if left else connect(path, readonly=readonly)
+
+        opening.connect = connect_again
+        try:
+            yield
+        finally:
+            opening.connect = connect
+            file_forks.close_all(left)
+
+    def drop(self, folder: Path) -> None:
+        """Close what is left of a folder."""
+        file_forks.close_all(self._left.pop(folder, []))
+
+
+HANDLES = Handles()
 
 
 @dataclass
@@ -292,9 +349,12 @@ class Container:
 
     def open(self) -> None:
         """Start the process: open the folder as it is."""
-        self.store = LocalStore.open(
-            self.folder, tables=self._tables, clock=self._clock, ids=self._new_id
-        )
+        if self.disk is not None:  # what it does is watched from the first call on
+            HANDLES.drop(self.folder)
+        with HANDLES.handed_down(self.folder):
+            self.store = LocalStore.open(
+                self.folder, tables=self._tables, clock=self._clock, ids=self._new_id
+            )
         file = self.store._file
         setattr(file, "_commit", passing_by(file._commit, self.edges))  # noqa: B010 - a method
         limits = FlushLimits(batch_ops_max=self._dice.choice([1, 3, 20]))
@@ -316,37 +376,15 @@ class Container:
         """Start again on what the dead process left; it may die again over that."""
         while True:
             self.crashes += 1
-            kept = self._handed_down()
-            if kept is None:
-                self.abandon()
-                restore(self.folder, self._last)
+            self.abandon()
+            restore(self.folder, self._last)
             if self.disk is not None:
                 self.disk.risen()
             try:
-                with handed_down(kept or []):
-                    self.open()
+                self.open()
                 return
             except Crash:
                 continue
-
-    def _handed_down(self) -> list[sqlite3.Connection] | None:
-        """Return the dead process's connections, if all files are as they were when it died.
-
-        Opening a file anew and compiling every statement again is most of what a start costs; after
-        a rollback these connections see what a new one would. None after a power loss, and when
-        the dead process's handlers still wrote something: then the files are put back instead.
-        """
-        if self.disk is not None:
-            return None
-        connections = self.store._file._let_go()
-        for connection in connections:
-            connection.rollback()
-        self.store.close()
-        if connections and image_of(self.folder) == self._last:
-            return connections
-        self._cut_log()
-        file_forks.close_all(connections)
-        return None
 
     def lose(self, folder: Path) -> None:
         """End with the disk; what comes up instead has another."""
@@ -365,18 +403,17 @@ class Container:
         self.store.close()
 
     def abandon(self) -> None:
-        """Let go of handles whose files are put back, or never looked at again.
+        """Let go of files that are put back before anybody looks at them again.
 
         A dead process moves nothing from its write-ahead log into its file; an emptied one keeps
-        the close, which can't be left out, from spending the time on it.
+        the close, where it can't be left out, from spending the time on it.
         """
-        self._cut_log()
-        with suppress(Exception):
-            self.store.close()
-
-    def _cut_log(self) -> None:
+        if self.disk is None:
+            HANDLES.take_from(self.store, self.folder)
         with suppress(FileNotFoundError):
             os.truncate(self.folder / f"{FILE_NAME}{_LOG}", 0)
+        with suppress(Exception):
+            self.store.close()
 
     def leave(self) -> None:
         """End for good; nobody looks at the files again."""

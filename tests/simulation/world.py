@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from random import Random
+from traceback import clear_frames
 
 from local_store import Delete, Insert, LocalStoreError, Row, Update, user_uuid
 from local_store.clock import ManualClock
@@ -131,6 +132,7 @@ class World:
                     getattr(self, f"_{what}")(container)
             self.watch.look(container)
         except Crash as crash:
+            clear_frames(crash.__traceback__)  # cursors there would hold what they have read
             self._rise(crash)
         self.clock.advance(1)
 
