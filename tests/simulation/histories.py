@@ -19,7 +19,8 @@ from pathlib import Path
 
 from local_store import LocalStore
 from local_store.clock import SystemClock
-from tests.simulation.machine import Image, Report, image_of, restore
+from tests.simulation.files import Image, image_of, restore
+from tests.simulation.machine import Report
 from tests.simulation.plans import VOLUME_EVERY, plan_of
 from tests.simulation.world import TABLES, World
 

@@ -8,17 +8,15 @@ for the container's `disk` to say, where it has one (power.py).
 from __future__ import annotations
 
 import os
-import shutil
-import sqlite3
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from local_store import LocalStore, file_forks, opening, space
+from local_store import LocalStore
 from local_store.clock import ManualClock
 from local_store.opening import FILE_NAME
 from local_store.ops import Row, TableSpec
@@ -28,17 +26,13 @@ from syncer.core.wire import Park
 from syncer.errors import RemoteUnavailable, ReplyTimedOut, Throttled
 from syncer.flusher import Flusher, FlushLimits
 from syncer.remote import SeqRange, TableRead
+from tests.simulation.files import HANDLES, LOG, Image, image_of, restore
 from tests.simulation.remote_model import RemoteModel
 
 if TYPE_CHECKING:
     from tests.simulation.power import Disk
 
-Image = dict[str, bytes]
 CALL_S = 0.2
-_LOG = "-wal"
-_SHARED_MEMORY = "-shm"  # made anew by the first who opens the file
-_SHARED_HEADER_BYTES = 136  # https://sqlite.org/walformat.html, 2.1
-_LEFT_ALONE = (space.FILE_NAME,)  # a MiB of zeros, given up on a full disk only
 
 
 @dataclass(frozen=True)
@@ -59,105 +53,6 @@ class Crash(BaseException):
     def __init__(self, edges: Edges) -> None:
         super().__init__()
         self.edges = edges
-
-
-def image_of(folder: Path) -> Image:
-    """Return the bytes of a folder's files."""
-    return {
-        entry.name: Path(entry.path).read_bytes()
-        for entry in os.scandir(folder)
-        if entry.is_file()
-        and entry.name not in _LEFT_ALONE
-        and not entry.name.endswith(_SHARED_MEMORY)
-    }
-
-
-def restore(folder: Path, image: Image) -> None:
-    """Put a folder's bytes back into the same files, so that they keep their identity.
-
-    Connections may have them open, but no transaction: they find the shared memory invalid.
-    """
-    for entry in list(os.scandir(folder)):
-        if entry.is_dir():
-            shutil.rmtree(entry.path)
-        elif entry.name.endswith(_SHARED_MEMORY):
-            _overwrite(entry.path, bytes(_SHARED_HEADER_BYTES))
-        elif entry.name.endswith(_LOG):
-            os.truncate(entry.path, 0)
-        elif entry.name not in image and entry.name not in _LEFT_ALONE:
-            os.unlink(entry.path)
-    for name, content in image.items():
-        _overwrite(folder / name, content)
-        os.truncate(folder / name, len(content))
-
-
-def _overwrite(path: str | Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        os.pwrite(descriptor, content, 0)
-    finally:
-        os.close(descriptor)
-
-
-def nobody_reads(connection: sqlite3.Connection) -> bool:
-    """Tell whether no cursor holds a state of the file: a checkpoint has to wait for each."""
-    connection.execute("PRAGMA busy_timeout = 0")
-    try:
-        (is_busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-    except sqlite3.OperationalError:
-        return False
-    finally:
-        connection.execute(f"PRAGMA busy_timeout = {opening.BUSY_TIMEOUT_MS}")
-    return not is_busy
-
-
-class Handles:
-    """Connections to folders' files that outlive the stores which opened them.
-
-    Opening a file anew and compiling every statement again is most of what a start costs. What lets
-    go of a folder's files has them put back next, with their shared memory made invalid: SQLite
-    then recovers the log, as it does for the first who opens a file. It forgets its pages by itself
-    only if the log's header is another one, and those of two empty logs are alike.
-    """
-
-    def __init__(self) -> None:
-        self._left: dict[Path, list[sqlite3.Connection]] = {}
-
-    def take_from(self, store: LocalStore, folder: Path) -> None:
-        """Take a dead process's connections from it."""
-        file = store._file
-        is_mine = file._identity is not None and file._identity == file._identity_on_disk()
-        connections = file._let_go()
-        for connection in connections:
-            connection.rollback()
-        if is_mine and len(connections) == 2 and nobody_reads(connections[1]):
-            self._left[folder] = connections
-        else:
-            file_forks.close_all(connections)
-
-    @contextmanager
-    def handed_down(self, folder: Path) -> Iterator[None]:
-        """Let whoever opens a folder's file in the block go on with its connections."""
-        connect, left = opening.connect, self._left.pop(folder, [])  # the reader's, the writer's
-        for connection in left:
-            connection.execute("PRAGMA shrink_memory")
-
-        def connect_again(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
-            return left.pop() if left else connect(path, readonly=readonly)
-
-        opening.connect = connect_again
-        try:
-            yield
-        finally:
-            opening.connect = connect
-            file_forks.close_all(left)
-
-    def drop(self, folder: Path) -> None:
-        """Close what is left of a folder."""
-        file_forks.close_all(self._left.pop(folder, []))
-
-
-HANDLES = Handles()
 
 
 @dataclass
@@ -411,7 +306,7 @@ class Container:
         if self.disk is None:
             HANDLES.take_from(self.store, self.folder)
         with suppress(FileNotFoundError):
-            os.truncate(self.folder / f"{FILE_NAME}{_LOG}", 0)
+            os.truncate(self.folder / f"{FILE_NAME}{LOG}", 0)
         with suppress(Exception):
             self.store.close()
 

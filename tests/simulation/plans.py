@@ -9,6 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.simulation.machine import Network
+    from tests.simulation.model_people import OperatedModel
 
 LENGTHS = (6, 8, 8, 10, 10, 12, 12, 24)  # actions; each is some 10 steps, and the end 100 more
 CLASHES = 1  # actions at which two containers change one value
@@ -60,3 +65,20 @@ def plan_of(seed: int) -> Plan:
     likely |= {name: likely[name] or usual[name] / 2 for name in NEEDED}
     clashes = frozenset(dice.sample(actions[1:-2], CLASHES))
     return Plan(actions, clashes, frozenset(dice.sample(actions[3:], CRASHES)), likely)
+
+
+def possible(
+    likely: Mapping[str, float], server: OperatedModel, network: Network
+) -> dict[str, float]:
+    """Return the actions that have something to act on."""
+    idle = set() if network.late else {"late"}
+    if not server.rows:
+        idle |= {"edit", "strike"}
+    parked = {entry.state for entry in server.parked.values()}
+    if server.poison is None or not parked:
+        idle.add("cure")
+    if not parked & {"dead", "held"}:
+        idle |= {"discard", "amend"}
+    if not parked & {"dead", "held", "conflict"}:
+        idle |= {"retry", "decide"}
+    return {name: weight for name, weight in likely.items() if name not in idle}

@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 
 from syncer.testkit.power_loss import DiskRecorder
-from tests.simulation.machine import Image, image_of
+from tests.simulation.files import Image, image_of
 
 POWER_LOSSES = 0.5  # of the crashes of a container with such a disk
 

@@ -29,7 +29,7 @@ from tests.simulation.knowledge import Knowledge
 from tests.simulation.machine import Container, Crash, Edges, Network, Report, new_id_of
 from tests.simulation.model_people import OperatedModel
 from tests.simulation.people import People
-from tests.simulation.plans import PEOPLE, POWER_EVERY, VOLUME, plan_of
+from tests.simulation.plans import PEOPLE, POWER_EVERY, VOLUME, plan_of, possible
 from tests.simulation.power import Disk
 from tests.simulation.shipping import Harbour
 from tests.simulation.watch import NOT_ACCEPTED, Watch
@@ -140,23 +140,10 @@ class World:
         """Choose an action among those that have something to act on."""
         if number in self._plan.clashes:
             return "clash"
-        idle = self._idle()
-        likely = {name: weight for name, weight in self._plan.likely.items() if name not in idle}
-        return "insert" if number == 0 else self.dice.choices(list(likely), likely.values())[0]
-
-    def _idle(self) -> set[str]:
-        """Return the actions that have nothing to act on."""
-        idle = set() if self.network.late else {"late"}
-        if not self.server.rows:
-            idle |= {"edit", "strike"}
-        parked = {entry.state for entry in self.server.parked.values()}
-        if self.server.poison is None or not parked:
-            idle.add("cure")
-        if not parked & {"dead", "held"}:
-            idle |= {"discard", "amend"}
-        if not parked & {"dead", "held", "conflict"}:
-            idle |= {"retry", "decide"}
-        return idle
+        if number == 0:
+            return "insert"
+        likely = possible(self._plan.likely, self.server, self.network)
+        return self.dice.choices(list(likely), likely.values())[0]
 
     def _rise(self, crash: Crash) -> None:
         self.step("risen")
@@ -196,8 +183,7 @@ class World:
 
     def _look_after(self) -> None:
         """Let people do one thing about what is parked, if anything is."""
-        idle = self._idle()
-        likely = {name: weight for name, weight in PEOPLE.items() if name not in idle}
+        likely = possible(PEOPLE, self.server, self.network)
         if likely:
             what = self.dice.choices(list(likely), likely.values())[0]
             self.step(f"at last {what}")
