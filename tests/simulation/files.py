@@ -110,8 +110,5 @@ class Handles:
             file_forks.close_all(left)
 
     def drop(self, folder: Path) -> None:
-        """Close what is left of a folder."""
+        """Close what is left of a folder: the next process is to open it itself."""
         file_forks.close_all(self._left.pop(folder, []))
-
-
-HANDLES = Handles()

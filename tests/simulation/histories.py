@@ -1,7 +1,7 @@
 """Run histories by seed, on two cores; make a failing one short; print how to run it again.
 
-python -m tests.simulation.histories --histories 5000 [--first 1] [--jobs 2]
-python -m tests.simulation.histories --first 17 --histories 1 [--only 3,7,9]
+python -m tests.simulation.histories --histories 5000 [--first 1] [--jobs 2] [--actions 68]
+python -m tests.simulation.histories --first 17 [--actions 68] --only 3,7,9
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from local_store import LocalStore
 from local_store.clock import SystemClock
-from tests.simulation.files import Image, image_of, restore
+from tests.simulation.files import Handles, Image, image_of, restore
 from tests.simulation.machine import Report
 from tests.simulation.plans import VOLUME_EVERY, plan_of
 from tests.simulation.world import TABLES, World
@@ -28,14 +28,24 @@ CLOCK = SystemClock()
 CONTAINERS, SPARES = 2, 2
 
 
-def run(seed: int, only: Sequence[int] | None = None) -> Report:
-    """Run one history from its seed, or some of its actions; the same ones give the same trace."""
+def run(seed: int, only: Sequence[int] | None = None, *, actions: int | None = None) -> Report:
+    """Run one history from its seed, or some of its actions; the same ones give the same trace.
+
+    `actions` is how many are planned, where the seed isn't to choose that.
+    """
     folders = _folders()
     disks = list(folders)
     for folder in disks if seed % VOLUME_EVERY == 0 else disks[:CONTAINERS]:  # none is lost there
         restore(folder, folders[folder])
     with tempfile.TemporaryDirectory(dir=disks[0].parent) as root:
-        return World(seed, disks[:CONTAINERS], disks[CONTAINERS:], Path(root)).run(only)
+        given = disks[:CONTAINERS], disks[CONTAINERS:], Path(root)
+        return World(plan_of(seed, actions), _handles(), *given).run(only)
+
+
+@cache
+def _handles() -> Handles:
+    """Return what this process's histories hand down from one to the next."""
+    return Handles()
 
 
 @cache
@@ -57,16 +67,18 @@ def _folders() -> dict[Path, Image]:
     return made
 
 
-def shortened(seed: int) -> tuple[int, ...]:
+def shortened(seed: int, actions: int | None = None) -> tuple[int, ...]:
     """Return as few of the steps as still fail in the same way, left out part by part."""
-    kinds = {finding.partition(":")[0] for finding in run(seed).findings}
-    kept = list(plan_of(seed).actions)
+    kinds = {finding.partition(":")[0] for finding in run(seed, actions=actions).findings}
+    kept = list(plan_of(seed, actions).actions)
     width = len(kept) // 2
     while width:
         start = 0
         while start < len(kept):
             tried = kept[:start] + kept[start + width :]
-            found = {finding.partition(":")[0] for finding in run(seed, tried).findings}
+            found = {
+                finding.partition(":")[0] for finding in run(seed, tried, actions=actions).findings
+            }
             if found & kinds:
                 kept = tried
             else:
@@ -75,13 +87,21 @@ def shortened(seed: int) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def run_all(seeds: Sequence[int], jobs: int) -> Iterator[Report]:
+def how_to_replay(seed: int, actions: int | None = None) -> str:
+    """Return the one command that runs what is left of a failing history."""
+    only = ",".join(map(str, shortened(seed, actions)))
+    planned = "" if actions is None else f" --actions {actions}"
+    return f"python -m tests.simulation.histories --first {seed}{planned} --only {only}"
+
+
+def run_all(seeds: Sequence[int], jobs: int, actions: int | None = None) -> Iterator[Report]:
     """Run histories in processes; in any order."""
+    one = partial(run, actions=actions)
     if jobs == 1:
-        yield from map(run, seeds)
+        yield from map(one, seeds)
         return
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap_unordered(run, seeds, chunksize=5)
+        yield from pool.imap_unordered(one, seeds, chunksize=5)
 
 
 def main() -> None:
@@ -90,14 +110,18 @@ def main() -> None:
     parser.add_argument("--histories", type=int, default=1_000)
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--actions", type=int, help="planned in each, else by the seed")
     parser.add_argument("--only", help="the numbers of the steps to take, from a shortened history")
     given = parser.parse_args()
     if given.only is not None:
-        report = run(given.first, [int(number) for number in given.only.split(",")])
+        report = run(
+            given.first, [int(number) for number in given.only.split(",")], actions=given.actions
+        )
         print("\n".join([report.trace, *report.findings]))
         sys.exit(bool(report.findings))
     began, reports = CLOCK.monotonic(), []
-    for report in run_all(range(given.first, given.first + given.histories), given.jobs):
+    seeds = range(given.first, given.first + given.histories)
+    for report in run_all(seeds, given.jobs, given.actions):
         reports.append(report)
         if len(reports) % 500 == 0:
             print(f"  {len(reports)} histories", flush=True)
@@ -113,9 +137,8 @@ def main() -> None:
     )
     failed = sorted((r for r in reports if r.findings), key=lambda r: r.seed)
     for report in failed[:5]:
-        only = ",".join(map(str, shortened(report.seed)))
         print(f"seed {report.seed} fails: {report.findings[0]}")
-        print(f"  python -m tests.simulation.histories --first {report.seed} --only {only}")
+        print(f"  {how_to_replay(report.seed, given.actions)}")
     if failed:
         print(f"{len(failed)} failed: {[report.seed for report in failed[:50]]}")
         sys.exit(1)

@@ -26,7 +26,7 @@ from syncer.core.wire import Park
 from syncer.errors import RemoteUnavailable, ReplyTimedOut, Throttled
 from syncer.flusher import Flusher, FlushLimits
 from syncer.remote import SeqRange, TableRead
-from tests.simulation.files import HANDLES, LOG, Image, image_of, restore
+from tests.simulation.files import LOG, Handles, Image, image_of, restore
 from tests.simulation.remote_model import RemoteModel
 
 if TYPE_CHECKING:
@@ -83,12 +83,13 @@ class Edges:
                 raise Crash(self)
 
 
-def passing_by(commit: Callable[..., None], edges: Edges) -> Callable[..., None]:
+def passing_by(commit: Callable[..., Any], edges: Edges) -> Callable[..., Any]:
     """Return a commit of the buffer's file that is an edge once it is done."""
 
-    def committed(*given: Any) -> None:
-        commit(*given)
+    def committed(*given: Any) -> Any:
+        made = commit(*given)
         edges.step("a commit")
+        return made
 
     return committed
 
@@ -230,9 +231,10 @@ class Container:
         clock: ManualClock,
         network: Network,
         dice: Random,
+        handles: Handles,
         disk_of: Callable[[Path], Disk] | None = None,
     ) -> None:
-        self._disk_of = disk_of
+        self._handles, self._disk_of = handles, disk_of
         self.disk = None if disk_of is None else disk_of(folder)
         self.folder, self._tables, self._dice = folder, tables, dice
         self.edges = Edges(network.step, self._die)
@@ -245,13 +247,14 @@ class Container:
     def open(self) -> None:
         """Start the process: open the folder as it is."""
         if self.disk is not None:  # what it does is watched from the first call on
-            HANDLES.drop(self.folder)
-        with HANDLES.handed_down(self.folder):
+            self._handles.drop(self.folder)
+        with self._handles.handed_down(self.folder):
             self.store = LocalStore.open(
                 self.folder, tables=self._tables, clock=self._clock, ids=self._new_id
             )
         file = self.store._file
-        setattr(file, "_commit", passing_by(file._commit, self.edges))  # noqa: B010 - a method
+        for commit in ("_commit", "append"):
+            setattr(file, commit, passing_by(getattr(file, commit), self.edges))
         limits = FlushLimits(batch_ops_max=self._dice.choice([1, 3, 20]))
         self.flusher = Flusher(
             self.store, self.line, limits=limits, clock=self._clock, jitter=self._dice.random
@@ -304,7 +307,7 @@ class Container:
         the close, where it can't be left out, from spending the time on it.
         """
         if self.disk is None:
-            HANDLES.take_from(self.store, self.folder)
+            self._handles.take_from(self.store, self.folder)
         with suppress(FileNotFoundError):
             os.truncate(self.folder / f"{FILE_NAME}{LOG}", 0)
         with suppress(Exception):

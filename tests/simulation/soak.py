@@ -16,10 +16,12 @@ from pathlib import Path
 
 from local_store.clock import SystemClock
 from tests.simulation.histories import run
+from tests.simulation.plans import LONG
 
 CLOCK = SystemClock()
 SOAK_S = float(os.environ.get("SOAK_S", "3600"))
 FIRST_SEED = int(os.environ.get("SIMULATION_SEED", "1000000"))
+LONG_EVERY = 4  # by seeds: some faults need many actions
 GROWTH_BYTES_MAX = 16 * 1024 * 1024  # allocators keep some; a leak of 1 KB a history is 100 MB
 
 
@@ -40,10 +42,11 @@ def main() -> None:
     began, seed, settled = CLOCK.monotonic(), FIRST_SEED, None
     said, failed = began, list[int]()
     while (now := CLOCK.monotonic()) < began + SOAK_S:
-        report = run(seed)
+        actions = None if seed % LONG_EVERY else LONG
+        report = run(seed, actions=actions)
         if report.findings:
             failed.append(seed)
-            print(f"seed {seed}: {report.findings[0]}", flush=True)
+            print(f"seed {seed}, actions {actions}: {report.findings[0]}", flush=True)
         seed += 1
         if settled is None and now > began + SOAK_S / 20:
             settled = resident_bytes(), descriptors()

@@ -15,14 +15,16 @@ from local_store import BufferFull, LocalStore, opening
 from local_store.ops import Outcome
 from syncer.core.breaker import Breaker
 from tests.simulation import machine, model_people
-from tests.simulation.histories import run, run_all, shortened
+from tests.simulation.histories import how_to_replay, run, run_all
+from tests.simulation.machine import Report
 from tests.simulation.model_people import OperatedModel
-from tests.simulation.plans import POWER_EVERY, VOLUME_EVERY
+from tests.simulation.plans import LONG, POWER_EVERY, VOLUME_EVERY
 from tests.simulation.remote_model import RemoteModel
 from tests.unit.history_world import USERS
 
 FIRST_SEED = int(os.environ.get("SIMULATION_SEED", "1"))
 HISTORIES = int(os.environ.get("SIMULATION_HISTORIES", "5000"))
+LONG_ONE_IN = 12  # a long one takes as long as six, so a third of the time
 JOBS = min(2, os.cpu_count() or 1)
 TIMEOUT_S = max(600, HISTORIES)  # a busy machine runs a few histories a second
 SEEDS_OF_A_DEFENCE = range(1, 800)  # the rarest is seen in one of 200
@@ -30,18 +32,22 @@ SEEDS_OF_A_DEFENCE = range(1, 800)  # the rarest is seen in one of 200
 
 @pytest.mark.timeout(TIMEOUT_S)
 def test_no_history_loses_doubles_reorders_or_hides_anything() -> None:
-    seeds = range(FIRST_SEED, FIRST_SEED + HISTORIES)
-    reports = list(run_all(seeds, JOBS))
-    failed = sorted(report.seed for report in reports if report.findings)
-    assert not failed, how_to_replay(failed[0])
+    reports = histories(HISTORIES)
     assert min(report.crashes for report in reports) >= 3
     assert min(report.conflicts for report in reports) >= 1
     assert sum(report.steps for report in reports) / len(reports) >= 200
 
 
-def how_to_replay(seed: int) -> str:
-    only = ",".join(map(str, shortened(seed)))
-    return f"python -m tests.simulation.histories --first {seed} --only {only}"
+@pytest.mark.timeout(TIMEOUT_S)
+def test_no_long_history_does_either() -> None:
+    histories(HISTORIES // LONG_ONE_IN, LONG)
+
+
+def histories(count: int, actions: int | None = None) -> list[Report]:
+    reports = list(run_all(range(FIRST_SEED, FIRST_SEED + count), JOBS, actions))
+    failed = sorted(report.seed for report in reports if report.findings)
+    assert not failed, how_to_replay(failed[0], actions)
+    return reports
 
 
 @pytest.mark.parametrize("seed", [7, VOLUME_EVERY, POWER_EVERY])
@@ -55,6 +61,7 @@ def test_a_seed_is_a_history_in_every_process(seed: int) -> None:
         return done.stdout.strip()
 
     here = {run(seed).trace, run(seed).trace}
+    assert run(seed).steps == run(seed).steps  # what only a process knows of isn't in the trace
     traces = here | {trace_in_a_process("1"), trace_in_a_process("2")}
     assert len(traces) == 1
     assert run(seed + 1).trace not in traces

@@ -25,11 +25,12 @@ from syncer.flusher import FlushReport
 from syncer.remote import TableRead
 from syncer.testkit.fake_volume import FakeVolume
 from syncer.testkit.history import Finding, History, check, joined, observe_store
+from tests.simulation.files import Handles
 from tests.simulation.knowledge import Knowledge
 from tests.simulation.machine import Container, Crash, Edges, Network, Report, new_id_of
 from tests.simulation.model_people import OperatedModel
 from tests.simulation.people import People
-from tests.simulation.plans import PEOPLE, POWER_EVERY, VOLUME, plan_of, possible
+from tests.simulation.plans import BY_PEOPLE, ON_A_VOLUME, POWER_EVERY, Plan, possible
 from tests.simulation.power import Disk
 from tests.simulation.shipping import Harbour
 from tests.simulation.watch import NOT_ACCEPTED, Watch
@@ -49,11 +50,16 @@ class World:
     """Two containers before one modelled server."""
 
     def __init__(
-        self, seed: int, folders: Sequence[Path], spares: Sequence[Path], root: Path
+        self,
+        plan: Plan,
+        handles: Handles,
+        folders: Sequence[Path],
+        spares: Sequence[Path],
+        root: Path,
     ) -> None:
         """Begin with a container on each folder; `spares` are for those that lose theirs."""
-        self.seed, self.clock = seed, ManualClock()
-        self.dice = Random(seed)
+        self.seed, self.clock, self._plan = plan.seed, ManualClock(), plan
+        self.dice = Random(plan.seed)
         self.server = OperatedModel({spec.name: spec for spec in TABLES})
         self.network = Network(self.server, self.clock, self.dice, self.step)
         self.history = History(self.clock)
@@ -62,16 +68,17 @@ class World:
         self._untold: tuple[Container, str, str, list[Op]] | None = None
         self._down_until = 0.0
         self.wrong: list[str] = []
-        disk_of = Disk if seed % POWER_EVERY == 0 else None
-        about = (TABLES, self.clock, self.network, self.dice, disk_of)
+        disk_of = Disk if plan.seed % POWER_EVERY == 0 else None
+        about = (TABLES, self.clock, self.network, self.dice, handles, disk_of)
         self.containers = [Container(folder, *about) for folder in folders]
-        self.watch = Watch(self.server, seed)
+        self.watch = Watch(self.server, plan.seed)
         self.knowledge = Knowledge(self.server, self.history, self.step)
-        self._plan = plan_of(seed)
         ids = partial(new_id_of, self.clock, self.dice)
         self.people = People(self.server, self.history, self.dice, self._text, ids)
         about = (self.clock, self.network, self.dice)
-        self.harbour = Harbour(FakeVolume(root, clock=self.clock, seed=seed), TABLES, about, spares)
+        self.harbour = Harbour(
+            FakeVolume(root, clock=self.clock, seed=plan.seed), TABLES, about, spares
+        )
 
     # -- running --
 
@@ -124,9 +131,9 @@ class World:
         self.step(f"{number} {what}")
         try:
             with suppress(LocalStoreError):
-                if what in VOLUME:
+                if what in ON_A_VOLUME:
                     getattr(self.harbour, what)(container)
-                elif what in PEOPLE:
+                elif what in BY_PEOPLE:
                     getattr(self.people, what)()
                 else:
                     getattr(self, f"_{what}")(container)
@@ -183,7 +190,7 @@ class World:
 
     def _look_after(self) -> None:
         """Let people do one thing about what is parked, if anything is."""
-        likely = possible(PEOPLE, self.server, self.network)
+        likely = possible(BY_PEOPLE, self.server, self.network)
         if likely:
             what = self.dice.choices(list(likely), likely.values())[0]
             self.step(f"at last {what}")
