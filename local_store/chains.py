@@ -231,6 +231,35 @@ def learn(
         )
 
 
+def give_back(connection: sqlite3.Connection, position: int) -> None:
+    """Give later changes back what they replaced, where only this one's records tell of it.
+
+    A merge makes one record for all that is pending on a row, with the first change. When that one
+    comes to nothing the record may never have been seen: the others meet the server's row by
+    themselves then.
+    """
+    (records,) = connection.execute(
+        "SELECT records FROM op_log WHERE position = ?", (position,)
+    ).fetchone()
+    for record in orjson.loads(records):
+        key, replaced = (record["table"], record["id"]), dict(record["base"] or {})
+        for later in sorted(found for found in _positions(connection, key) if found > position):
+            _replaced_again(connection, later, key, replaced)
+
+
+def _replaced_again(connection: sqlite3.Connection, position: int, key: Key, replaced: Row) -> None:
+    encoded, before_, schemas = connection.execute(
+        "SELECT ops, before, schemas FROM op_log WHERE position = ?", (position,)
+    ).fetchone()
+    ops, before = decode_ops(encoded, schemas, {}), orjson.loads(before_)
+    for op, image in zip(ops, before, strict=True):
+        if (op.table, op.id) == key and image is not None:
+            image.update({name: replaced.pop(name) for name in op.values if name in replaced})
+    connection.execute(
+        "UPDATE op_log SET before = ? WHERE position = ?", (orjson.dumps(before).decode(), position)
+    )
+
+
 def _learn_before(
     connection: sqlite3.Connection, tables: Tables, position: int, key: Key, unknown: Row
 ) -> Row:

@@ -154,6 +154,7 @@ class Delivery:
         if outcome.state == "applied":
             rows.settle(connection, tables, found.position, counter)
         elif came_to_nothing:
+            chains_.give_back(connection, found.position)
             rows.drop(connection, tables, found.position, counter)
         rows.note_versions(connection, versions, counter)
         self._doubt(connection, outcome, counter)

@@ -45,10 +45,11 @@ def merge(
     """Merge the pending chains of some rows with `theirs`: "table/id" to row, None: deleted there.
 
     `transactions` are in order and complete for these rows. Parked ones, and those whose records
-    leave them to a person, stay untouched, and so does what follows them on a row. `moved` are the
-    rows that somebody else changed for certain (default: all of `theirs`); it matters only to
-    tables whose policy is "manual" as a whole. Policies that are callables are asked; the rest is a
-    function of the arguments, and merging its result with the same `theirs` changes nothing.
+    leave a row to a person, stay untouched there, and so does what follows them on that row.
+    `moved` are the rows that somebody else changed for certain (default: all of `theirs`); it
+    matters only to tables whose policy is "manual" as a whole. Policies that are callables are
+    asked; the rest is a function of the arguments, and merging its result with the same `theirs`
+    changes nothing.
     """
     merging = _Merging(tables, transactions, theirs)
     for key in merging.met():
@@ -137,13 +138,25 @@ class _Merging:
         """Return a row's chain up to what is left alone."""
         steps = []
         for txn, index in self._chains[key]:
-            if self._waits[txn]:
+            if self._is_left_alone(txn, key):
                 break
             op = self._ops[txn][index]
             if op is not None:
                 before = self._before[txn][index] or {}
                 steps.append(Step(txn, index, op.kind, op.values, before))
         return steps
+
+    def _is_left_alone(self, txn: int, key: str) -> bool:
+        """Tell whether a transaction stays as it is on a row.
+
+        One that is left to a person for another row only meets this one yet: parked as it is, it
+        would go over what somebody else changed here, once that person has decided the other.
+        """
+        item = self._all[txn]
+        return item.parked or any(
+            record["outcome"] == "manual" and f"{record['table']}/{record['id']}" == key
+            for record in item.records
+        )
 
     def _siblings(self, txn: int) -> tuple[WireOp, ...]:
         """Return a transaction's ops as they are; one that vanished as it was: it still tells."""

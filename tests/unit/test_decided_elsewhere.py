@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from local_store import Insert, Receipt, Update
 from local_store.clock import new_id
+from syncer.errors import ReplyTimedOut
+from syncer.flusher import Flusher, FlushLimits
 from tests.simulation.model_people import OperatedModel
 from tests.unit.history_world import ANN, World, opened
 
@@ -72,3 +75,33 @@ def test_a_change_behind_unheard_decisions_does_not_pass_for_merged_with_what_th
         world.settle()
         assert server.rows["notes", row_id].values == {"text": "theirs", "title": "theirs"}
         assert store.state(third.txn_id) == "conflict"
+
+
+def test_what_only_a_record_of_something_discarded_told_of_is_told_of_again(tmp_path: Path):
+    row_id = new_id()
+    with opened(tmp_path, 1, OperatedModel) as world:
+        server, store = world.server, world.stores[0]
+        assert isinstance(server, OperatedModel)
+        world.write(0, ANN, Insert("notes", {"id": row_id, "text": "base"}))
+        world.flush(0)
+        refused = world.write(0, ANN, Update("notes", row_id, {"title": "poison"}))
+        behind = world.write(0, ANN, Update("notes", row_id, {"title": "behind"}))
+        park, calls = server.park, []
+
+        def parked_unheard(*given: Any) -> Any:
+            calls.append(park(*given))
+            raise ReplyTimedOut("cut")
+
+        server.park = parked_unheard  # type: ignore[method-assign]
+        world.flush(0)
+        server.park = park  # type: ignore[method-assign]
+        assert calls
+        assert server.parked.keys() == {refused.txn_id, behind.txn_id}
+        one_by_one = FlushLimits(batch_ops_max=1)
+        world.flushers[0] = Flusher(store, server, limits=one_by_one, clock=world.clock)
+        last = world.write(0, ANN, Update("notes", row_id, {"text": "mine"}))
+        world.edit(row_id, text="theirs")
+        server.discard([refused.txn_id, behind.txn_id])
+        world.settle()
+        assert server.rows["notes", row_id].values["text"] == "theirs"
+        assert store.state(last.txn_id) == "conflict"

@@ -328,3 +328,18 @@ def test_moving_a_child_under_a_row_that_is_gone_is_left_to_a_person(known: Any)
     merged = merge(notes("local_wins"), author.pending, {**known, NOTE_KEY: None})
     assert record_keys(merged) == [("t1", ("note_id",), "manual")]
     assert merged.rewritten == ()
+
+
+def test_what_is_left_to_a_person_for_one_row_meets_its_other_rows_too() -> None:
+    other = "notes/n2"
+    author = Author(note=server_row(), other=server_row(id="n2"))
+    author.write(changed(title="mine"), Update("notes", "n2", {"title": "mine too", "stars": 2}))
+    first = {NOTE_KEY: server_row(title="theirs")}
+    stored = written_back(author.pending, merge(notes(), author.pending, first))
+    second = {other: server_row(id="n2", title="theirs too", body="theirs")}
+    merged = merge(notes(), stored, second)
+    [record] = merged.manual["t1"]
+    assert (record["id"], record["columns"]) == ("n2", ["title"])
+    assert (record["base"], record["theirs"]) == ({"title": "A"}, {"title": "theirs too"})
+    again = merge(notes(), written_back(stored, merged), {**first, **second})
+    assert (again.rewritten, again.manual) == ((), {})
