@@ -99,7 +99,8 @@ def test_what_only_a_record_of_something_discarded_told_of_is_told_of_again(tmp_
         assert server.parked.keys() == {refused.txn_id, behind.txn_id}
         one_by_one = FlushLimits(batch_ops_max=1)
         world.flushers[0] = Flusher(store, server, limits=one_by_one, clock=world.clock)
-        last = world.write(0, ANN, Update("notes", row_id, {"text": "mine"}))
+        beside = Insert("notes", {"id": new_id(), "text": "beside it"})
+        last = world.write(0, ANN, beside, Update("notes", row_id, {"text": "mine"}))
         world.edit(row_id, text="theirs")
         server.discard([refused.txn_id, behind.txn_id])
         world.settle()
