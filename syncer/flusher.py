@@ -25,6 +25,7 @@ from syncer.core.pace import Pace
 from syncer.core.sorting import (
     Sorted,
     SortingLimits,
+    as_left,
     conflict_park,
     evidence_of,
     needs_person,
@@ -226,7 +227,7 @@ class Flusher:
         found = sort_out(transactions, verdicts, now, self._jitter, limits)
         self._store.record(found.outcomes)
         freed = {outcome.txn_id for outcome in found.outcomes}
-        for transaction, rows in found.met:
+        for transaction, rows in as_left(self._store.tables, transactions, verdicts, found.met):
             # Rows that come with something final needn't have been changed by anybody else.
             is_free = transaction.txn_id in freed
             blocker = self._meet(transaction, rows, () if is_free else rows)

@@ -26,6 +26,9 @@ FORKED = "SYT02"
 AWAITED = ("23503", "02000")
 """A parent or a row that isn't there: another container may still bring it, for a while."""
 
+Met = list[tuple[PendingTransaction, Mapping[str, Row | None]]]
+"""Transactions with rows as they stand on the server, None: it is gone there."""
+
 
 @dataclass(frozen=True, slots=True)
 class SortingLimits:
@@ -52,7 +55,7 @@ class Sorted:
     outcomes: list[Outcome] = field(default_factory=list)
     refused: list[Park] = field(default_factory=list)
     waiting: list[tuple[PendingTransaction, Outcome, str]] = field(default_factory=list)
-    met: list[tuple[PendingTransaction, Mapping[str, Row | None]]] = field(default_factory=list)
+    met: Met = field(default_factory=list)
     forked: list[str] = field(default_factory=list)
     early: list[str] = field(default_factory=list)
 
@@ -97,6 +100,34 @@ def sort_out(
             case _:
                 assert_never(verdict.kind)
     return found
+
+
+def as_left(
+    tables: Mapping[str, TableSpec],
+    transactions: Sequence[PendingTransaction],
+    verdicts: Sequence[Verdict],
+    met: Met,
+) -> Met:
+    """Return the rows that were met as the whole call left them, not as they stood in between.
+
+    On top of what somebody freed, the same call may have applied a later change: merged with the
+    row as it stood before that one, the local row would lose it. A row that was made meanwhile is
+    left out, for its own settling knows all of it.
+    """
+    told = {transaction.txn_id: rows for transaction, rows in met}
+    left: dict[str, Row | None] = {}
+    for transaction, verdict in zip(transactions, verdicts, strict=True):
+        left |= told.get(transaction.txn_id, {})
+        if verdict.kind != "applied":
+            continue
+        for op, children in zip(transaction.ops, transaction.children, strict=True):
+            name, gone = f"{op.table}/{op.id}", (children or {}).keys() & left.keys()
+            row = left.pop(name, None)
+            if op.kind == "delete":
+                left |= dict.fromkeys((name, *gone))
+            elif row is not None:
+                left[name] = {**row, **op.values, tables[op.table].version: verdict.versions[name]}
+    return [(item, {name: left[name] for name in rows if name in left}) for item, rows in met]
 
 
 def _doubted(transaction: PendingTransaction, verdict: Verdict) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from local_store import Insert, Receipt, Update
+from local_store import Delete, Insert, Receipt, Update
 from local_store.clock import new_id
 from syncer.errors import ReplyTimedOut
 from syncer.flusher import Flusher, FlushLimits
@@ -106,3 +106,48 @@ def test_what_only_a_record_of_something_discarded_told_of_is_told_of_again(tmp_
         world.settle()
         assert server.rows["notes", row_id].values["text"] == "theirs"
         assert store.state(last.txn_id) == "conflict"
+
+
+def test_a_change_applied_in_the_call_that_brings_the_news_stays_on_top(tmp_path: Path):
+    row_id = new_id()
+    with opened(tmp_path, 1, OperatedModel) as world:
+        server, store = world.server, world.stores[0]
+        assert isinstance(server, OperatedModel)
+        world.write(0, ANN, Insert("notes", {"id": row_id, "text": "base"}))
+        refused = world.write(0, ANN, Update("notes", row_id, {"title": "poison"}))
+        world.flush(0)
+        world.write(0, ANN, Update("notes", row_id, {"title": "later"}))
+        server.poison = None
+        server.retry([refused.txn_id])
+        calls = server.calls
+        world.flush(0)
+        assert server.calls == calls + 1
+        held = store.get("notes", row_id, user_id=ANN)
+        assert held is not None
+        assert (held["title"], held["updated_at"]) == ("later", server.version("notes", row_id))
+        last = world.write(0, ANN, Update("notes", row_id, {"title": "last"}))
+        world.settle()
+        assert store.state(last.txn_id) == "applied"
+        assert server.rows["notes", row_id].values["title"] == "last"
+
+
+def test_a_row_deleted_in_the_call_that_brings_the_news_is_gone_with_its_children(tmp_path: Path):
+    row_id, child_id = new_id(), new_id()
+    with opened(tmp_path, 1, OperatedModel) as world:
+        server, store = world.server, world.stores[0]
+        assert isinstance(server, OperatedModel)
+        world.write(0, ANN, Insert("notes", {"id": row_id, "text": "base"}))
+        world.write(0, ANN, Insert("comments", {"id": child_id, "note_id": row_id, "text": "one"}))
+        changes = {"notes": (row_id, {"title": "poison"}), "comments": (child_id, {"text": "two"})}
+        refused = world.write(
+            0, ANN, *(Update(table, id_, values) for table, (id_, values) in changes.items())
+        )
+        world.flush(0)
+        world.write(0, ANN, Delete("notes", row_id))
+        server.poison = None
+        server.retry([refused.txn_id])
+        calls = server.calls
+        world.flush(0)
+        assert server.calls == calls + 1
+        assert store.get("notes", row_id, user_id=ANN) is None
+        assert store.get("comments", child_id, user_id=ANN) is None
