@@ -174,13 +174,15 @@ class Delivery:
 
     def _learn(self, connection: sqlite3.Connection, outcome: Outcome) -> None:
         """Fill in columns that were left to the server: later merges must know their values."""
-        for name, row in outcome.learned.items():
+        for name in (*outcome.learned, *outcome.defaults):
             table, _, row_id = name.partition("/")
-            spec = self._tables.get(table)
-            if spec is None or row is None:
+            spec, row = self._tables.get(table), outcome.learned.get(name)
+            if spec is None:
                 continue
             # A whole row tells of defaults only while it is at the version this one left.
-            if row.get(spec.version) in (None, outcome.versions.get(name)):
+            if row is None or row.get(spec.version) not in (None, outcome.versions.get(name)):
+                row = outcome.defaults.get(name)
+            if row is not None:
                 chains_.learn(connection, self._tables, spec, row_id, row)
 
     def tidy(self) -> int:

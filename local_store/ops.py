@@ -203,7 +203,8 @@ class Outcome:
 
     `versions` maps `table/id` to the server's new version (None: the row is gone). `rows` are rows
     as they stand there, for a transaction that came to nothing. `learned` are columns that the
-    author left to the server's defaults, or whole rows as they stand there. `retry_after_s` delays
+    author left to the server's defaults, or whole rows as they stand there; `defaults` are those
+    columns as they were at once. `retry_after_s` delays
     the next attempt of a held one, and the next question about a parked one. `reply` keeps the
     server's evidence; None leaves what was kept before. `parked` says that the server has taken it
     over; dead and conflict are recorded only then. `doubted` rows are those that another container
@@ -217,6 +218,7 @@ class Outcome:
     retry_after_s: float = 0.0
     rows: Mapping[str, Row | None] = field(default_factory=dict)
     learned: Mapping[str, Row | None] = field(default_factory=dict)
+    defaults: Mapping[str, Row] = field(default_factory=dict)
     parked: bool = False
     doubted: tuple[str, ...] = ()
 

@@ -54,6 +54,9 @@ alter table sync.ledger add column if not exists replaced_by uuid;
 -- By key, the version that a merge had put the sender's changes of the row on: what its sender made
 -- before that merge doesn't follow from it.
 alter table sync.ledger add column if not exists met jsonb not null default '{}'::jsonb;
+-- By key, what inserted rows had at once in the columns that their author left to the table; null:
+-- nothing. Whoever lost the reply couldn't tell later what somebody else has changed there.
+alter table sync.ledger add column if not exists defaults jsonb;
 
 create table if not exists sync.aliases (
   log_id uuid not null references sync.logs (log_id),

@@ -229,7 +229,8 @@ begin
     perform sync.note_alias(p_log_id, p_transaction, v_known.log_id);
     if v_known.verdict = 'applied' then
       return jsonb_build_object('verdict', 'duplicate', 'versions', v_known.versions,
-        'met', v_known.met, 'rows', sync.see(v_user, sync.reads_for(v_known.versions)));
+        'met', v_known.met, 'defaults', coalesce(v_known.defaults, '{}'),
+        'rows', sync.see(v_user, sync.reads_for(v_known.versions)));
     elsif v_known.replaced_by is not null and exists (select from sync.parked p
         where p.txn_id = sync.successor_of(v_known.txn_id) and p.state <> 'superseded') then
       return jsonb_build_object('verdict', 'parked', 'state', 'dead',
@@ -516,9 +517,9 @@ begin
   -- that, so it must not find a version here to go on from.
   select v_versions || coalesce(jsonb_object_agg(k, null), '{}') into v_versions
     from jsonb_array_elements_text(p_transaction -> 'decided') k;
-  insert into sync.ledger (txn_id, log_id, seq, user_id, digest, verdict, versions, met)
+  insert into sync.ledger (txn_id, log_id, seq, user_id, digest, verdict, versions, met, defaults)
     values (v_txn_id, p_log_id, v_seq, v_user, p_transaction ->> 'digest', 'applied', v_versions,
-      coalesce(p_transaction -> 'met', '{}'));
+      coalesce(p_transaction -> 'met', '{}'), nullif(v_rows, '{}'));
   perform sync.record_conflicts(p_log_id, p_transaction, v_records);
   perform sync.settle_around(v_user, v_ops, v_versions, v_began);
   return jsonb_build_object('verdict', 'applied', 'versions', v_versions, 'rows', v_rows);
@@ -581,10 +582,12 @@ end $$;
 create or replace function sync.note_applied(
   p_log_id uuid, p_run jsonb, p_applied jsonb
 ) returns void language sql set search_path = '' as $$
-  insert into sync.ledger (txn_id, log_id, seq, user_id, digest, verdict, versions, met)
+  insert into sync.ledger (txn_id, log_id, seq, user_id, digest, verdict, versions, met, defaults)
     select (t ->> 'txn_id')::uuid, p_log_id, (t ->> 'seq')::bigint, (t ->> 'user_id')::uuid,
-      t ->> 'digest', 'applied', p_applied -> (t ->> 'txn_id'), coalesce(t -> 'met', '{}')
-    from jsonb_array_elements(p_run) t where p_applied ? (t ->> 'txn_id');
+      t ->> 'digest', 'applied', v -> 'versions', coalesce(t -> 'met', '{}'),
+      nullif(v -> 'rows', '{}')
+    from jsonb_array_elements(p_run) t
+    cross join lateral (select p_applied -> (t ->> 'txn_id')) x (v) where v is not null;
   delete from sync.tombstones d using jsonb_array_elements(p_run) t
     cross join jsonb_array_elements(t -> 'ops') o
     where p_applied ? (t ->> 'txn_id') and o ->> 'kind' = 'insert'
@@ -672,7 +675,7 @@ begin
         end loop;
         v_verdict := jsonb_build_object(
           'verdict', 'applied', 'versions', v_versions, 'rows', v_rows);
-        v_applied := v_applied || jsonb_build_object(v_transaction ->> 'txn_id', v_versions);
+        v_applied := v_applied || jsonb_build_object(v_transaction ->> 'txn_id', v_verdict);
         v_done := v_done || (v_transaction ->> 'txn_id');
       exception when others then
         v_verdict := null;  -- no error is lost by this: the long way meets it again

@@ -220,8 +220,8 @@ begin
     end if;
   end loop;
   return p_record || jsonb_build_object('through', p_older.through, 'base', v_base, 'mine', v_mine,
-    'theirs', v_theirs, 'columns', (select jsonb_agg(c order by c)
-      from jsonb_array_elements_text(v_names) c));
+    'theirs', v_theirs, 'columns', coalesce((select jsonb_agg(c order by c)
+      from jsonb_array_elements_text(v_names) c), '[]'));
 end $$;
 
 -- Bring the undecided records of a parked transaction's rows up to date with what it has met now. Where

@@ -84,6 +84,7 @@ def sort_out(
                     "applied",
                     verdict.versions,
                     learned=verdict.rows,
+                    defaults=verdict.defaults,
                     doubted=_doubted(transaction, verdict),
                 )
                 _settle(found, transaction, verdict, outcome)

@@ -20,7 +20,8 @@ class Verdict:
     """One verdict. `versions` and `rows` are keyed `table/id`; `op` is the failing op's index.
 
     `state` says where a parked transaction stands; it is None for every other verdict. `met` tells
-    of a duplicate what a merge had put its rows on when it was applied (PendingTransaction.met).
+    of a duplicate what a merge had put its rows on when it was applied (PendingTransaction.met),
+    `defaults` what its inserted rows had then in the columns that were left to the server.
     """
 
     txn_id: str
@@ -29,6 +30,7 @@ class Verdict:
     versions: Mapping[str, str | None] = field(default_factory=dict)
     rows: Mapping[str, Any] = field(default_factory=dict)
     met: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     blocked_by: str | None = None
     op: int | None = None
     sqlstate: str | None = None

@@ -143,9 +143,10 @@ def _decode_verdict(item: Mapping[str, Any]) -> Verdict:
             " version doesn't know",
             hint="update the workers before the migrations; nothing is lost",
         )
-    versions, rows, met = (item.get(name) or {} for name in ("versions", "rows", "met"))
-    if not all(isinstance(part, Mapping) for part in (versions, rows, met)):
+    parts = [item.get(name) or {} for name in ("versions", "rows", "met", "defaults")]
+    if not all(isinstance(part, Mapping) for part in parts):
         raise ReplyUnreadable("a verdict carries malformed versions or rows", hint="will be resent")
+    versions, rows, met, defaults = parts
     return Verdict(
         txn_id=item["txn_id"],
         kind=kind,
@@ -153,6 +154,7 @@ def _decode_verdict(item: Mapping[str, Any]) -> Verdict:
         versions=dict(versions),
         rows=_with_floats(dict(rows)),
         met=dict(met),
+        defaults=_with_floats(dict(defaults)),
         blocked_by=item.get("blocked_by"),
         op=item.get("op"),
         sqlstate=item.get("sqlstate"),

@@ -54,6 +54,7 @@ def comparable(verdict: dict) -> dict:
         "blocked_by": verdict["blocked_by"],
         "versions": {key: version is None for key, version in verdict["versions"].items()},
         "met": sorted(verdict.get("met") or {}),
+        "defaults": sorted(verdict.get("defaults") or {}),
         "rows": rows,
     }
 

@@ -226,6 +226,47 @@ def test_an_update_elsewhere_outlives_my_delete_and_is_told(pair, sql):
     assert mine.audit().balanced
 
 
+@pytest.fixture
+def unheard(pair, fault_proxy) -> str:
+    """A session whose insert was applied for a container that never got the reply."""
+    mine, theirs = pair
+    fault_proxy.next(Cut("after"), matching="/rpc/sync_apply_batch")
+    row_id = new_id()
+    mine.store.write([Insert("sessions", {"id": row_id})], user_id=USER)
+    assert mine.flush_once().stopped == "outage"
+    learn(theirs, row_id)
+    return row_id
+
+
+@by_each
+def test_what_was_put_in_a_column_left_to_the_table_outlives_a_delete_and_is_told(
+    pair, sql, unheard, by, tmp_path, fresh_supabase
+):
+    mine, theirs = pair
+    mine.store.write([Delete("sessions", unheard)], user_id=USER)
+    update(theirs, unheard, status="finalized")
+    theirs.drain()
+    deliver(mine, by, tmp_path, fresh_supabase)
+    assert row_of(sql, unheard)["status"] == "finalized"
+    [record] = records(mine)
+    assert (record["outcome"], record["columns"]) == ("remote", ["status"])
+    assert (record["base"], record["theirs"]) == ({"status": "active"}, {"status": "finalized"})
+
+
+@by_each
+def test_a_column_left_to_the_table_is_no_conflict_because_another_one_was_changed(
+    pair, sql, unheard, by, tmp_path, fresh_supabase
+):
+    mine, theirs = pair
+    update(mine, unheard, status="finalized")
+    update(theirs, unheard, metadata={"x": 1})
+    theirs.drain()
+    deliver(mine, by, tmp_path, fresh_supabase)
+    row = row_of(sql, unheard)
+    assert (row["status"], row["metadata"]) == ("finalized", {"x": 1})
+    assert records(mine) == []
+
+
 def test_my_update_of_a_row_deleted_elsewhere_is_told(pair, sql):
     mine, theirs = pair
     row_id = session(mine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from local_store.ops import Row, TableSpec
 from tests.simulation.model_rows import Key
@@ -21,6 +21,7 @@ class LedgerEntry:
     met: dict[str, str]
     verdict: str = "applied"
     replaced_by: str | None = None
+    defaults: dict[str, Row] = field(default_factory=dict)
 
     def links(self) -> dict[str, tuple[str | None, str | None]]:
         """Return for each row the version it left, and what a merge had met before."""

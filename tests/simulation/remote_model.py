@@ -170,8 +170,8 @@ class RemoteModel(ModelRows):
                 return {"verdict": "parked", "state": "dead"}
             if known.verdict == "discarded":
                 return {"verdict": "parked", "state": "discarded", "rows": rows}
-            answer = {"versions": known.versions, "met": known.met, "rows": rows}
-            return {"verdict": "duplicate", **answer}
+            answer = {"versions": known.versions, "met": known.met, "defaults": known.defaults}
+            return {"verdict": "duplicate", **answer, "rows": rows}
         parked = self.parked.get(item["txn_id"])
         if is_parked or parked is None:
             return None
@@ -256,17 +256,18 @@ class RemoteModel(ModelRows):
         met = dict(item.get("met") or {})
         # A row decided against its author: what they built on it since must meet it by itself.
         versions |= dict.fromkeys(item.get("decided", ()))
-        entry = LedgerEntry(log_id, item["seq"], item["user_id"], item["digest"], versions, met)
+        left = {
+            f"{op['table']}/{op['id']}": self.defaults(op["table"], op["values"])
+            for op in item["ops"]
+            if op["kind"] == "insert" and (op["table"], op["id"]) in self.rows
+        }
+        sent = log_id, item["seq"], item["user_id"], item["digest"]
+        entry = LedgerEntry(*sent, versions, met, defaults=left)
         chain.update(entry.links())
         self._record(item, item.get("records") or [])
         self._supersede(item)
         if self.remembers:
             self.ledger[item["txn_id"]] = entry
-        left = {
-            f"{op['table']}/{op['id']}": self.defaults(op["table"], op["values"])
-            for op in item["ops"]
-            if op["kind"] == "insert"
-        }
         return {**empty, "verdict": "applied", "versions": versions, "rows": left}
 
     def _links_of(self, after: Sequence[str]) -> dict[str, Link]:

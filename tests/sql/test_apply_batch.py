@@ -52,6 +52,29 @@ def test_a_duplicate_brings_the_rows_as_they_are_now(db, user):
     assert verdict["rows"][f"sessions/{row_id}"]["status"] == "abandoned"
 
 
+def test_a_duplicate_tells_what_was_left_to_the_table_as_it_was_at_once(db, user):
+    row_id = new()
+    sent = db.transaction(user, insert("sessions", row_id, source="reverse_mode"))
+    [first] = db.send(sent)
+    db.as_user(user, "update sessions set status = 'abandoned' where id = %s", row_id)
+    [again] = db.send(sent)
+    assert again["defaults"] == first["rows"]
+    told = again["defaults"][f"sessions/{row_id}"]
+    assert (told["status"], told["metadata"]) == ("active", {})
+    assert told.keys().isdisjoint({"source", "updated_at", "revision_count"})
+
+
+def test_so_does_one_that_went_the_long_way(db, user):
+    row_id = new()
+    gone = new()
+    db.send(db.transaction(user, insert("sessions", gone)))
+    gone_too = delete("sessions", gone, db.version("sessions", gone))
+    sent = db.transaction(user, insert("sessions", row_id), gone_too)
+    [first], [again] = db.send(sent), db.send(sent)
+    assert first["rows"].keys() == {f"sessions/{row_id}"}
+    assert again["defaults"] == first["rows"]
+
+
 def test_an_update_sent_again_does_not_move_the_version(db, user):
     row_id = db.session(user)
     base = db.version("sessions", row_id)

@@ -171,6 +171,23 @@ def test_a_renewed_record_still_tells_of_what_a_delete_behind_would_take_along(d
     assert status_of(db, row_id) == "abandoned"
 
 
+def test_a_delete_whose_row_moves_again_and_again_is_asked_about_each_time(db, user):
+    row_id = db.session(user)
+    transaction = db.transaction(user, delete("sessions", row_id, db.version("sessions", row_id)))
+    park(db, dead(transaction))
+    for status in ("finalized", "abandoned"):
+        db.as_user(user, "update sessions set status = %s where id = %s", status, row_id)
+        if status == "finalized":
+            asked = db.call("sync_retry_v1", {"txn_ids": [transaction["txn_id"]]})
+        else:
+            asked = resolve(db, conflict_of(db, transaction), "mine")
+        assert results(asked) == [("conflict", None)]
+        [record] = open_records(db, transaction)
+        assert (record["columns"], record["mine"] or {}) == ([], {})
+    assert results(resolve(db, record, "mine")) == [("applied", None)]
+    assert db.one("select count(*) from sessions where id = %s", row_id) == 0
+
+
 def test_two_changes_of_one_row_have_one_record_of_both(db, user):
     row_id = db.session(user)
     base = db.version("sessions", row_id)

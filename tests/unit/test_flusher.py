@@ -144,6 +144,21 @@ def test_an_edit_made_while_the_reply_was_lost_chains_on_the_stored_version(
     assert (report.duplicate, report.applied, report.conflict) == (1, 1, 0)
 
 
+def test_a_delete_knows_what_its_unheard_insert_left_to_the_server(store, flusher, server, clock):
+    row_id = new_id()
+    store.write([Insert("notes", {"id": row_id})], user_id=USER)
+    server.after_commit = raising(ReplyTimedOut("cut"), times=1)
+    flusher.flush_once()
+    store.write([Delete("notes", row_id)], user_id=USER)
+    server.edit("notes", row_id, text="theirs")
+    clock.advance(60)
+    while store.backlog():
+        flusher.flush_once()
+    assert server.rows["notes", row_id].values["text"] == "theirs"
+    [record] = server.records.values()
+    assert (record["outcome"], record["base"]) == ("remote", {"text": None})
+
+
 def test_an_outage_is_a_report_and_keeps_everything(store, flusher, server, clock):
     note(store)
     server.before_call = raising(RemoteUnavailable("down"), times=10_000)
