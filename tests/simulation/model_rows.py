@@ -100,11 +100,19 @@ class ModelRows:
         if (op["table"], op["id"]) in self.rows:
             raise Refusal("rejected", index, "23505", message="the id is taken")
         if spec.parent is not None:
-            parent = self.rows.get((spec.parent[1], op["values"].get(spec.parent[0])))
-            if parent is None or parent.user_id != user_id:
-                raise Refusal("held", index, "23503", message="no such parent")
+            self._check_parent(index, op, user_id, *spec.parent)
         self.tombstones.pop((op["table"], op["id"]), None)
         self.rows[op["table"], op["id"]] = ServerRow(user_id, dict(op["values"]), self._tick())
+
+    def _check_parent(self, index: int, op: Row, user_id: str, column: str, table: str) -> None:
+        parent_id = op["values"].get(column)
+        if parent_id is None and self.tables[op["table"]].columns[column].nullable:
+            return
+        if parent_id is None:
+            raise Refusal("rejected", index, "23502", message="null in a required column")
+        parent = self.rows.get((table, parent_id))
+        if parent is None or parent.user_id != user_id:
+            raise Refusal("held", index, "23503", message="no such parent")
 
     def update_row(self, op: Row, row: ServerRow) -> None:
         if not op["values"].items() <= row.values.items():

@@ -27,7 +27,7 @@ HISTORIES = int(os.environ.get("SIMULATION_HISTORIES", "5000"))
 LONG_ONE_IN = 12  # a long one takes as long as six, so a third of the time
 JOBS = min(2, os.cpu_count() or 1)
 TIMEOUT_S = max(600, HISTORIES)  # a busy machine runs a few histories a second
-SEEDS_OF_A_DEFENCE = range(1, 800)  # the rarest is seen in one of 200
+SEEDS_OF_A_DEFENCE = range(1, 800)  # the rarest, the breaker, shows in one of some 500
 
 
 @pytest.mark.timeout(TIMEOUT_S)
