@@ -159,15 +159,33 @@ language sql stable set search_path = '' as $$
     and not exists (select from sync.ledger l where l.txn_id = p_txn_id)
 $$;
 
+-- Where a parked transaction stands in its author's order; an edited one where the first of its line did.
+create or replace function sync.place_of(p_parked sync.parked, out log_id uuid, out seq bigint)
+language sql immutable set search_path = '' as $$
+  select coalesce(p_parked.item -> 'stands_for' ->> 0, p_parked.log_id::text)::uuid,
+    coalesce((p_parked.item -> 'stands_for' ->> 1)::bigint, p_parked.seq)
+$$;
+
+-- What the author of a parked transaction wrote after it and is parked too, with its position.
+create or replace function sync.parked_behind(
+  p_parked sync.parked, out waiting sync.parked, out seq bigint
+) returns setof record language sql stable set search_path = '' as $$
+  select w, x.seq from sync.place_of(p_parked) y, sync.parked w, sync.place_of(w) x
+    where w.user_id = p_parked.user_id and w.state <> 'superseded'
+      and x.log_id = y.log_id and x.seq > y.seq
+$$;
+
 -- The last position in its log that a record of a parked transaction covers: up to where its container
 -- had merged, or all that is parked when that one is still on its way, because what comes behind a
 -- waiting change is never parked before it.
 create or replace function sync.covered_through(p_parked sync.parked, p_through uuid) returns bigint
 language sql stable set search_path = '' as $$
   select coalesce(
-    (select q.seq from sync.parked q where q.txn_id = p_through and q.log_id = p_parked.log_id),
-    (select l.seq from sync.ledger l where l.txn_id = p_through and l.log_id = p_parked.log_id),
-    case when sync.on_its_way(p_through) then 9223372036854775807 else p_parked.seq end)
+    (select x.seq from sync.parked q, sync.place_of(q) x
+      where q.txn_id = p_through and x.log_id = y.log_id),
+    (select l.seq from sync.ledger l where l.txn_id = p_through and l.log_id = y.log_id),
+    case when sync.on_its_way(p_through) then 9223372036854775807 else y.seq end)
+  from sync.place_of(p_parked) y
 $$;
 
 -- A newer record of a row in the place of an undecided older one, which also covers what waits behind:
@@ -241,11 +259,10 @@ begin
         and c.table_name = v_record ->> 'table' and c.row_id = v_record ->> 'id'
       returning c.* into v_older;
     if found then
-      select p_parked.item -> 'ops' || coalesce(jsonb_agg(o order by w.seq, n), '[]') into v_ops
-        from sync.parked w, jsonb_array_elements(w.item -> 'ops') with ordinality x (o, n)
-        where w.log_id = p_parked.log_id and w.user_id = p_parked.user_id
-          and w.state <> 'superseded' and w.seq > p_parked.seq
-          and w.seq <= sync.covered_through(p_parked, v_older.through);
+      select p_parked.item -> 'ops' || coalesce(jsonb_agg(o order by b.seq, n), '[]') into v_ops
+        from sync.parked_behind(p_parked) b,
+          jsonb_array_elements((b.waiting).item -> 'ops') with ordinality x (o, n)
+        where b.seq <= sync.covered_through(p_parked, v_older.through);
       v_record := sync.carry_over(v_record, v_older, v_ops,
         nullif(p_rows -> (v_older.table_name || '/' || v_older.row_id), 'null'));
     end if;
@@ -490,7 +507,8 @@ declare
 begin
   perform sync.discard(p_parked, p_txn_id);
   perform sync.park(sync.people(), p_item || jsonb_build_object('txn_id', p_txn_id,
-      'seq', v_seq, 'digest', p_digest, 'replaces', p_parked.txn_id),
+      'seq', v_seq, 'digest', p_digest, 'replaces', p_parked.txn_id, 'stands_for',
+      (select jsonb_build_array(x.log_id, x.seq) from sync.place_of(p_parked) x)),
     jsonb_build_object('state', 'dead', 'sqlstate', p_parked.sqlstate, 'op', p_parked.op,
       'message', 'edited; not tried yet'));
   update sync.parked w set changed_at = clock_timestamp(),
@@ -596,22 +614,22 @@ create or replace function sync.follow_decision(
 ) returns void language plpgsql set search_path = '' as $$
 declare
   v_through constant bigint := sync.covered_through(p_parked, p_record.through);
-  v_waiting sync.parked;
+  v_waiting record;
   v_changes boolean;
   v_op jsonb;
   v_ops jsonb;
 begin
-  for v_waiting in select w.* from sync.parked w
-      where w.log_id = p_parked.log_id and w.user_id = p_parked.user_id and w.seq > p_parked.seq
-        and w.state <> 'superseded'
-        and w.keys @> array[p_record.table_name || '/' || p_record.row_id]
-      order by w.seq for update loop
+  for v_waiting in select w.log_id, w.seq, w.item, b.seq as place
+      from sync.parked_behind(p_parked) b
+      join sync.parked w on w.log_id = (b.waiting).log_id and w.seq = (b.waiting).seq
+      where w.keys @> array[p_record.table_name || '/' || p_record.row_id]
+      order by b.seq for update of w loop
     v_ops := '[]';
     for v_op in select o from jsonb_array_elements(v_waiting.item -> 'ops') o loop
       if v_op ->> 'table' = p_record.table_name and v_op ->> 'id' = p_record.row_id then
         v_changes := v_op ->> 'kind' = 'update' and v_op -> 'values'
           ?| array(select split_part(c, '.', 1) from unnest(p_record.columns) c);
-        if v_waiting.seq <= v_through and (v_changes or v_op ->> 'kind' = 'delete') then
+        if v_waiting.place <= v_through and (v_changes or v_op ->> 'kind' = 'delete') then
           v_op := sync.without_columns(
             v_op, p_record.columns, p_record.theirs, v_op -> 'base');
         elsif v_changes then

@@ -37,6 +37,12 @@ class ParkedEntry:
     state: str
     cause: Row
 
+    @property
+    def place(self) -> tuple[str, int]:
+        """Where it stands in its author's order; an edited one where the first of its line did."""
+        log_id, seq = self.item.get("stands_for") or (self.log_id, self.item["seq"])
+        return log_id, seq
+
     def keys(self, tables: Mapping[str, TableSpec]) -> set[Key]:
         """Return the rows it writes and the parents of the rows it inserts."""
         found = set()

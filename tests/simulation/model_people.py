@@ -212,24 +212,32 @@ class OperatedModel(RemoteModel):
         """Return the ops of what waits behind an item and is covered by its record."""
         entry = self.parked[item["txn_id"]]
         last = self.covered_through(entry, through)
-        waiting = [
-            found.item
-            for found in self.parked.values()
-            if (found.log_id, found.item["user_id"]) == (entry.log_id, item["user_id"])
-            and found.state != "superseded"
-            and item["seq"] < found.item["seq"] <= last
+        waiting = [found for found in self.behind(entry) if found.place[1] <= last]
+        return [op for found in waiting for op in found.item["ops"]]
+
+    def behind(self, entry: ParkedEntry) -> list[ParkedEntry]:
+        """Return what its author wrote after a parked transaction and is parked too, in order."""
+        found = [
+            other
+            for other in self.parked.values()
+            if (other.place[0], other.item["user_id"]) == (entry.place[0], entry.item["user_id"])
+            and other.state != "superseded"
+            and other.place[1] > entry.place[1]
         ]
-        return [op for found in sorted(waiting, key=lambda w: w["seq"]) for op in found["ops"]]
+        return sorted(found, key=lambda other: other.place[1])
 
     def covered_through(self, entry: ParkedEntry, through: str | None) -> float:
         """Return the last position that a record covers: all that is parked, if it isn't here yet.
 
         What comes behind a waiting change is never parked before it.
         """
+        log_id, seq = entry.place
         for found in (self.parked.get(through or ""), self.ledger.get(through or "")):
-            if found is not None and found.log_id == entry.log_id:
-                return found.item["seq"] if isinstance(found, ParkedEntry) else found.seq
-        return float("inf") if self._on_its_way(through) else entry.item["seq"]
+            if isinstance(found, ParkedEntry) and found.place[0] == log_id:
+                return found.place[1]
+            if isinstance(found, LedgerEntry) and found.log_id == log_id:
+                return found.seq
+        return float("inf") if self._on_its_way(through) else seq
 
     def _on_its_way(self, txn_id: str | None) -> bool:
         return txn_id is not None and txn_id not in self.parked and txn_id not in self.ledger
@@ -273,6 +281,7 @@ class OperatedModel(RemoteModel):
         self.logs[PEOPLE] = seq = self.logs.get(PEOPLE, 0) + 1
         self._discard(txn_id, entry, new_txn_id)
         new = {"txn_id": new_txn_id, "seq": seq, "digest": digest, "replaces": txn_id}
+        new["stands_for"] = entry.place
         cause = {**entry.cause, "blocked_by": None}
         self.parked[new_txn_id] = ParkedEntry(PEOPLE, {**item, **new}, "dead", cause)
         for other, found in list(self.parked.items()):
@@ -287,12 +296,8 @@ class OperatedModel(RemoteModel):
     def _follow(self, entry: ParkedEntry, record: Mapping[str, Any]) -> None:
         """Take a decision against the author over to what waits and is covered by its record."""
         last = self.covered_through(entry, record.get("through"))
-        for other, found in list(self.parked.items()):
-            is_later = found.log_id == entry.log_id and found.item["seq"] > entry.item["seq"]
-            is_own = found.item["user_id"] == entry.item["user_id"]
-            if not (is_later and is_own and found.state != "superseded"):
-                continue
-            is_told = found.item["seq"] <= last
+        for found in self.behind(entry):
+            is_told = found.place[1] <= last
             ops = []
             for op in found.item["ops"]:
                 if is_told and (covered(op, record) or given_up(op, record)):
@@ -300,7 +305,7 @@ class OperatedModel(RemoteModel):
                 elif covered(op, record):
                     op = {**op, "base": None}
                 ops.append(op)
-            self.parked[other] = replace(found, item={**found.item, "ops": ops})
+            self.parked[found.item["txn_id"]] = replace(found, item={**found.item, "ops": ops})
 
 
 def _met(item: Row, name: str) -> str | None:

@@ -116,13 +116,9 @@ class People:
         found: dict[str, list[Row]] = {}
         for record in records if first is not None else ():
             last = self._server.covered_through(first, record.get("through"))
-            for other, entry in self._server.parked.items():
-                is_shown = (
-                    entry.state != "superseded"
-                    and entry.log_id == first.log_id
-                    and first.item["seq"] < entry.item["seq"] <= last
-                    and entry.item["user_id"] == first.item["user_id"]
-                )
+            for entry in self._server.behind(first):
+                other = entry.item["txn_id"]
+                is_shown = entry.place[1] <= last
                 if is_shown and any(_about(op, record) for op in self._history.ops_of(other)):
                     found.setdefault(other, []).append(record)
         return found

@@ -114,10 +114,10 @@ def test_mine_decides_nothing_for_what_its_author_wrote_next_without_knowing_the
     assert record["theirs"] == {"metadata": {"theirs": 1}}
 
 
-@pytest.mark.parametrize("arrived", [True, False])
-def test_a_record_of_a_row_that_moved_again_still_tells_of_what_waits_behind(db, user, arrived):
+@pytest.mark.parametrize("last", ["arrived", "on its way", "edited", "edited twice"])
+def test_a_record_of_a_row_that_moved_again_still_tells_of_what_waits_behind(db, user, last):
     """What waits was merged with the row that the first record was about: it asks nothing more.
-    Also when the last that the record covers is still on its way.
+    Also when the last that the record covers is still on its way, or somebody edited it.
     """
     row_id = db.session(user)
     base = db.version("sessions", row_id)
@@ -133,12 +133,15 @@ def test_a_record_of_a_row_that_moved_again_still_tells_of_what_waits_behind(db,
         "base": {"metadata": {}, "status": "active"}, "theirs_version": met, "outcome": "manual",
         "mine": {"metadata": {"mine": 1}, "status": "active"},
         "theirs": {"metadata": {"theirs": 1}, "status": "abandoned"},
-        "through": second["txn_id"] if arrived else new(),
+        "through": new() if last == "on its way" else second["txn_id"],
     }  # fmt: skip
     asked = {**sent(first, [{"status": "active"}]), **on_theirs}
     park(db, {"transaction": asked, "state": "conflict", "records": [record]})
     before = {"metadata": {"theirs": 1}, "status": "finalized"}
     park(db, held({**second, **on_theirs}, first["txn_id"], [before]))
+    for number in range(last.count("edited") + last.count("twice")):
+        record["mine"]["metadata"] = {"mine": number + 2}
+        second["txn_id"] = edited(db, second, metadata=record["mine"]["metadata"])
     db.as_user(user, "update sessions set client = '{\"n\": 1}' where id = %s", row_id)
 
     assert results(resolve(db, conflict_of(db, first), "mine")) == [("conflict", None)]
