@@ -27,7 +27,7 @@ GROWTH_BYTES_MAX = 16 * 1024 * 1024  # allocators keep some; a leak of 1 KB a hi
 
 
 def resident_bytes() -> int:
-    """Return the memory that this process holds, without what its allocator only hasn't returned."""
+    """Return the memory that this process holds; what only its allocator keeps goes back first."""
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
         trim(0)
