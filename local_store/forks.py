@@ -17,6 +17,7 @@ from weakref import WeakSet
 
 Identity = tuple[int, int]
 DESCRIPTORS = "/dev/fd"
+KNOWN_MAX = 256  # then those that nobody has open any more are forgotten; 130 bytes each
 
 
 class Forkable:
@@ -38,6 +39,7 @@ _known: set[Identity] = set()  # files that this process, or one that it was for
 _inherited: set[Identity] = set()
 _forking = threading.RLock()  # a signal's handler may fork while its own thread registers
 _watches: list[bool] = []
+_noting = threading.Lock()
 
 
 def register(thing: Forkable) -> None:
@@ -52,8 +54,11 @@ def register(thing: Forkable) -> None:
 
 
 def note(identity: Identity) -> None:
-    """Note that this process opened a file, by device and inode."""
-    _known.add(identity)
+    """Note that this process has a file open, by device and inode."""
+    with _noting:
+        _known.add(identity)
+        if len(_known) % KNOWN_MAX == 0:
+            _known.intersection_update(_still_open())
 
 
 def is_inherited(identity: Identity | None) -> bool:
@@ -74,8 +79,8 @@ def _in_parent() -> None:
 
 
 def _in_child() -> None:
-    global _forking
-    _forking = threading.RLock()
+    global _forking, _noting
+    _forking, _noting = threading.RLock(), threading.Lock()
     _inherited.update(_still_open())
     for thing in list(_registered):
         thing.after_fork_in_child()

@@ -57,6 +57,8 @@ alter table sync.ledger add column if not exists met jsonb not null default '{}'
 -- By key, what inserted rows had at once in the columns that their author left to the table; null:
 -- nothing. Whoever lost the reply couldn't tell later what somebody else has changed there.
 alter table sync.ledger add column if not exists defaults jsonb;
+-- What a discarded transaction waited for: whatever its author wrote next waits for that in its stead.
+alter table sync.ledger add column if not exists after jsonb not null default '[]'::jsonb;
 
 create table if not exists sync.aliases (
   log_id uuid not null references sync.logs (log_id),

@@ -281,19 +281,41 @@ language sql stable set search_path = '' as $$
           where p.txn_id = sync.successor_of(p_txn_id) and p.state <> 'superseded'))
 $$;
 
+-- What is still parked of what a transaction waited for that has come to nothing since.
+create or replace function sync.left_waiting(p_txn_id uuid, p_user uuid) returns setof uuid
+language sql stable set search_path = '' as $$
+  with recursive x (txn_id) as (
+    select p_txn_id
+    union select a::uuid from x cross join lateral (
+        select l.after from sync.ledger l
+          where l.txn_id = x.txn_id and l.user_id = p_user and l.replaced_by is null
+        union all select jsonb_build_array(l.replaced_by) from sync.ledger l
+          where l.txn_id = x.txn_id and l.user_id = p_user and l.replaced_by is not null
+        union all select p.item -> 'after' from sync.parked p
+          where p.txn_id = x.txn_id and p.user_id = p_user and p.state = 'superseded') y (after)
+      cross join jsonb_array_elements_text(y.after) a)
+  select p.txn_id from x join sync.parked p on p.txn_id = x.txn_id
+    where x.txn_id <> p_txn_id and p.user_id = p_user and p.state <> 'superseded'
+$$;
+
 -- The transaction as it is looked at: behind an edit that still waits instead of behind what that
--- edit replaced.
+-- edit replaced, and behind what one that has come to nothing waited for: its sender, who may not have
+-- heard of that, names only the nearest.
 create or replace function sync.with_successors(p_transaction jsonb) returns jsonb
 language sql stable set search_path = '' as $$
-  select p_transaction || coalesce((
-    select jsonb_build_object('after', jsonb_agg(coalesce(x.successor, x.a) order by x.n))
-    from (
-      select a, n, (select to_jsonb(p.txn_id) from sync.ledger l
-          join sync.parked p on p.txn_id = sync.successor_of(l.txn_id) and p.state <> 'superseded'
-        where l.txn_id = (a #>> '{}')::uuid and l.replaced_by is not null
-          and l.user_id = (p_transaction ->> 'user_id')::uuid limit 1) as successor
-      from jsonb_array_elements(p_transaction -> 'after') with ordinality y (a, n)) x
-    having bool_or(x.successor is not null)), '{}')
+  with x as (
+    select a, n, (select to_jsonb(p.txn_id) from sync.ledger l
+        join sync.parked p on p.txn_id = sync.successor_of(l.txn_id) and p.state <> 'superseded'
+      where l.txn_id = (a #>> '{}')::uuid and l.replaced_by is not null
+        and l.user_id = (p_transaction ->> 'user_id')::uuid limit 1) as successor
+    from jsonb_array_elements(p_transaction -> 'after') with ordinality y (a, n)),
+  found as (
+    select coalesce(x.successor, x.a) as a, x.n from x
+    union all select to_jsonb(w), x.n from x cross join lateral sync.left_waiting(
+        (x.a #>> '{}')::uuid, (p_transaction ->> 'user_id')::uuid) w
+      where x.successor is null)
+  select p_transaction || jsonb_build_object('after', coalesce(jsonb_agg(f.a order by f.n), '[]'))
+    from (select a, min(n) as n from found group by a) f
 $$;
 
 -- The predecessor that a transaction must wait for; null when all have been applied or have come to

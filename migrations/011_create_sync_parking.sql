@@ -407,9 +407,11 @@ end $$;
 create or replace function sync.discard(p_parked sync.parked, p_replaced_by uuid) returns void
 language plpgsql set search_path = '' as $$
 begin
-  insert into sync.ledger (txn_id, log_id, seq, user_id, digest, verdict, versions, replaced_by)
+  insert into sync.ledger
+      (txn_id, log_id, seq, user_id, digest, verdict, versions, replaced_by, after)
     values (p_parked.txn_id, p_parked.log_id, p_parked.seq, p_parked.user_id, p_parked.digest,
-      'discarded', sync.row_keys(p_parked.item -> 'ops'), p_replaced_by)
+      'discarded', sync.row_keys(p_parked.item -> 'ops'), p_replaced_by,
+      coalesce(p_parked.item -> 'after', '[]'))
     on conflict (txn_id) do nothing;
   if not found then
     insert into sync.aliases (log_id, seq, txn_id)

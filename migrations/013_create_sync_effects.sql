@@ -177,7 +177,8 @@ begin
 end $$;
 
 -- The base that an unfinished predecessor was made on, followed back through what is parked to what
--- was applied; {"never": true} when it inserted the row, null when there is no such predecessor.
+-- was applied; {"never": true} when it inserted the row, or a person left its change of the row out;
+-- null when there is no such predecessor.
 -- Only deletes ask: they pass what is parked on their rows. A version that the ledger has forgotten
 -- is one that no row has: the delete is a conflict then, and keeps nobody else waiting.
 create or replace function sync.parked_base(p_after jsonb, p_user uuid, p_key text) returns jsonb
@@ -192,10 +193,14 @@ begin
       and (o ->> 'table') || '/' || (o ->> 'id') = p_key
     order by p.parked_at desc, x.n limit 1;
   if not found then
-    return (select jsonb_build_object('base', l.versions ->> p_key) from sync.ledger l
-      where l.txn_id in (select a::uuid from jsonb_array_elements_text(p_after) a)
-        and l.user_id = p_user and l.versions ? p_key
-      order by l.seq desc limit 1);
+    return coalesce(
+      (select jsonb_build_object('base', l.versions ->> p_key) from sync.ledger l
+        where l.txn_id in (select a::uuid from jsonb_array_elements_text(p_after) a)
+          and l.user_id = p_user and l.versions ? p_key
+        order by l.seq desc limit 1),
+      (select '{"never": true}'::jsonb from sync.parked p
+        where p.txn_id in (select a::uuid from jsonb_array_elements_text(p_after) a)
+          and p.user_id = p_user limit 1));
   elsif v_found.kind = 'insert' then
     return '{"never": true}';
   elsif v_found.base = 'chained' then

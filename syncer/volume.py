@@ -14,13 +14,13 @@ all of them. A caller whose file came too late for a commit waits for the next.
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from local_store import forks
 
 State = Literal["committed", "reloaded", "failed", "unknown"]
 COMMIT_TIMEOUT_S = 20.0  # below the 25 s of a shutdown; a commit takes a second or so
@@ -60,7 +60,7 @@ class _Wish:
         self.answered.set()
 
 
-class Volume:
+class Volume(forks.Forkable):
     """A folder with its commit and reload. Thread-safe; after a fork the child starts afresh.
 
     At most one call to the handle is under way, on a daemon thread that starts with the first one.
@@ -78,11 +78,11 @@ class Volume:
         self._commit = commit
         self._reload = reload
         self._timeout_s = commit_timeout_s
-        self._start_afresh()
-        own = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: _start_afresh(own))
+        self.after_fork_in_child()
+        forks.register(self)
 
-    def _start_afresh(self) -> None:
+    def after_fork_in_child(self) -> None:
+        """Start with nothing under way: the thread that worked is the parent's."""
         self._wanted = threading.Condition(threading.Lock())
         self._wishes: list[_Wish] = []
         self._thread: threading.Thread | None = None
@@ -188,9 +188,3 @@ def _called(call: Callable[[], object] | None, what: Literal["commit", "reload"]
         hint = _OPEN_FILES_HINT if open_files else _RETRY_HINT
         return VolumeResult("failed", f"the {what} failed ({type(error).__name__})", hint)
     return VolumeResult("committed" if what == "commit" else "reloaded")
-
-
-def _start_afresh(own: weakref.ref[Volume]) -> None:
-    volume = own()
-    if volume is not None:
-        volume._start_afresh()

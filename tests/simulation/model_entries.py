@@ -22,6 +22,7 @@ class LedgerEntry:
     verdict: str = "applied"
     replaced_by: str | None = None
     defaults: dict[str, Row] = field(default_factory=dict)
+    after: tuple[str, ...] = ()
 
     def links(self) -> dict[str, tuple[str | None, str | None]]:
         """Return for each row the version it left, and what a merge had met before."""

@@ -273,6 +273,7 @@ class OperatedModel(RemoteModel):
             {},
             "discarded",
             replaced_by,
+            after=tuple(item["after"]),
         )
 
     def _replace(self, txn_id: str, item: Row, new_txn_id: str, digest: str) -> None:

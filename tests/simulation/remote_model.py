@@ -211,14 +211,37 @@ class RemoteModel(ModelRows):
         return None
 
     def _with_successors(self, item: Row) -> Row:
-        """Let it wait for an edit that still waits, instead of for what that edit replaced."""
+        """Let it wait for an edit that still waits, instead of for what that edit replaced.
 
-        after = []
+        And for what one that has come to nothing waited for.
+        """
+        after: list[str] = []
         for txn_id in item["after"]:
             known = self.ledger.get(txn_id)
             is_own = known is not None and known.user_id == item["user_id"]
-            after.append((is_own and self._edited(txn_id)) or txn_id)
+            successor = self._edited(txn_id) if is_own else None
+            left = [] if successor else self._left_waiting(txn_id, item["user_id"])
+            after += [successor or txn_id, *left]
+        after = list(dict.fromkeys(after))
         return item if after == item["after"] else {**item, "after": after}
+
+    def _left_waiting(self, txn_id: str, user_id: str) -> list[str]:
+        """Return what is still parked of what one waited for that has come to nothing."""
+        known, parked = self.ledger.get(txn_id), self.parked.get(txn_id)
+        awaited: Sequence[str] = ()
+        if known is not None and known.user_id == user_id:
+            awaited = [known.replaced_by] if known.replaced_by else known.after
+        elif parked and parked.state == "superseded" and parked.item["user_id"] == user_id:
+            awaited = parked.item["after"]  # superseded: its row was deleted
+        found: list[str] = []
+        for other in awaited:
+            entry = self.parked.get(other)
+            is_open = entry is not None and entry.state != "superseded"
+            if is_open and entry.item["user_id"] == user_id:
+                found.append(other)
+            elif not is_open:
+                found += self._left_waiting(other, user_id)
+        return found
 
     def _edited(self, txn_id: str) -> str | None:
         """Return the one that a person put in its place, if that still waits."""
@@ -243,7 +266,9 @@ class RemoteModel(ModelRows):
         blocker = self._blocker(item)
         if blocker is not None:
             return {**empty, "verdict": "held", "blocked_by": blocker}
-        links = {**self._links_of(item["after"]), **chain}
+        met = dict(item.get("met") or {})
+        fitting = {key: link for key, link in chain.items() if link[0] and link[1] == met.get(key)}
+        links = {**chain, **self._links_of(item["after"]), **fitting}
         saved, tombstones = dict(self.rows), dict(self.tombstones)
         try:
             versions = self._effects(item, links)
@@ -253,7 +278,6 @@ class RemoteModel(ModelRows):
             if gone:
                 return {**empty, "verdict": "conflict", "op": refusal.item["op"], "rows": gone}
             return {**empty, **refusal.item}
-        met = dict(item.get("met") or {})
         # A row decided against its author: what they built on it since must meet it by itself.
         versions |= dict.fromkeys(item.get("decided", ()))
         left = {
@@ -389,7 +413,8 @@ class RemoteModel(ModelRows):
             entry = self.ledger.get(predecessor)
             if entry is not None and entry.user_id == user_id and name in entry.versions:
                 return (entry.versions[name],)
-        return None
+        own = [p for p in map(self.parked.get, after) if p and p.item["user_id"] == user_id]
+        return (NEVER,) if own else None  # a person left its change of the row out
 
 
 def told(item: Row) -> Row:

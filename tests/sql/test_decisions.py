@@ -63,10 +63,15 @@ def test_what_is_left_of_a_transaction_is_merged_with_what_it_replaced_itself(db
     assert status_of(db, other) == "finalized"
 
 
-def test_what_is_left_of_a_transaction_outlives_a_delete_of_the_row_that_was_given_up(db, user):
+@pytest.mark.parametrize("has_heard", [True, False])
+def test_what_is_left_of_a_transaction_outlives_a_delete_of_the_row_that_was_given_up(
+    db, user, has_heard
+):
     gone, _, transaction = on_two_rows(db, user, status="bogus")
     assert results(resolve(db, conflict_of(db, transaction), "theirs")) == [("rejected", None)]
-    assert kinds(db.send(db.transaction(user, delete("sessions", gone, None)))) == ["applied"]
+    base, after = (None, []) if has_heard else ("chained", [transaction["txn_id"]])
+    sent_next = db.transaction(user, delete("sessions", gone, base), after=after)
+    assert kinds(db.send(sent_next)) == ["applied"]
     assert parked_states(db, transaction) == ["dead"]
 
 
@@ -217,6 +222,44 @@ def test_a_renewed_record_leaves_out_what_nobody_disputes_any_more(db, user):
     db.as_user(user, "update sessions set metadata = '{\"n\": 1}' where id = %s", row_id)
     assert results(resolve(db, conflict_of(db, transaction), "mine")) == [("conflict", None)]
     assert [record["columns"] for record in open_records(db, transaction)] == [["status"]]
+
+
+@pytest.mark.parametrize(
+    "over", ["discarded", "discarded twice", "edited, discarded", "superseded"]
+)
+def test_what_comes_behind_something_that_came_to_nothing_keeps_its_place(db, user, over):
+    """Its sender hasn't heard, and names the nearest: what that one waited for still waits."""
+    row_id, other = db.session(user), db.session(user)
+    base = db.version("sessions", row_id)
+    first = db.transaction(user, update("sessions", row_id, base, status="bogus"))
+    park(db, dead(first, [{"status": "active"}]))
+    beside = update("sessions", other, db.version("sessions", other), metadata={"n": 0})
+    between, before = [], first
+    for number in range(2 if over == "discarded twice" else 1):
+        op = update("sessions", row_id, "chained", metadata={"n": number})
+        between.append(db.transaction(user, op, beside, after=[before["txn_id"]]))
+        park(db, held(between[-1], before["txn_id"], [{"metadata": {}}] * 2))
+        before = between[-1]
+    for transaction in between:
+        txn_id = transaction["txn_id"]
+        if over == "superseded":
+            version = db.version("sessions", other)
+            [gone] = db.send(db.transaction(user, delete("sessions", other, version)))
+            assert gone["verdict"] == "applied"
+        else:
+            txn_id = edited(db, transaction) if over.startswith("edited") else txn_id
+            db.call("sync_discard_v1", {"txn_ids": [txn_id]})
+    op = update("sessions", row_id, "chained", metadata={"n": 3})
+    last = db.transaction(user, op, after=[before["txn_id"]])
+    [verdict] = db.send(last)
+    assert (verdict["verdict"], verdict["blocked_by"]) == ("held", first["txn_id"])
+    [verdict] = park(db, held(last, first["txn_id"], [{"metadata": {"n": 0}}]))
+    assert (verdict["verdict"], verdict["state"]) == ("parked", "held")
+    replacement = edited(db, first, status="finalized")
+    retried = db.call("sync_retry_v1", {"txn_ids": [replacement]})
+    assert results(retried)[:2] == [("applied", None)] * 2
+    kept = db.one("select to_jsonb(s) from sessions s where id = %s", row_id)
+    assert (kept["status"], kept["metadata"]) == ("finalized", {"n": 3})
 
 
 def behind_an_edit(db: Database, user: str) -> tuple[str, Row, str]:
