@@ -257,7 +257,8 @@ begin
           where l.txn_id in (
             select a::uuid from jsonb_array_elements_text(p_transaction -> 'after') a)
             and l.user_id = v_user
-          order by not l.versions ? v_key, l.versions ->> v_key is null, l.seq desc limit 1;
+          order by not l.versions ? v_key, l.versions ->> v_key is null, l.seq desc,
+            l.applied_at desc limit 1;  -- two logs may have the same seq
       end if;
       if v_rewritten and v_base is not null then
         v_base := null;

@@ -297,8 +297,11 @@ class RemoteModel(ModelRows):
     def _links_of(self, after: Sequence[str]) -> dict[str, Link]:
         """Return what finished predecessors left of each row: the last of them that left one."""
         links: dict[str, Link] = {}
-        entries = filter(None, map(self.ledger.get, after))
-        for entry in sorted(entries, key=lambda entry: entry.seq):
+        found = [txn_id for txn_id in after if txn_id in self.ledger]
+        if len(found) > 1:
+            applied = list(self.ledger)
+            found.sort(key=lambda txn_id: (self.ledger[txn_id].seq, applied.index(txn_id)))
+        for entry in map(self.ledger.__getitem__, found):
             for key, link in entry.links().items():
                 if link[0] is not None or links.get(key, (None,))[0] is None:
                     links[key] = link

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from local_store import DiskFailed, Insert, LocalStore, StoreClosed
+from local_store import DiskFailed, Insert, LocalStore, StoreClosed, forks
 from syncer.testkit.disk_faults import DiskFaults
 from tests.unit.buffer_tables import TABLES, USER, add, waiting
 from tests.unit.forking import DEADLINE_S, Line, assert_whole, ended, forked
@@ -291,3 +291,13 @@ def test_a_child_whose_folder_can_not_be_opened_is_told_that_nothing_was_written
         assert ended(forked(child)) == 0
         add(store)
     assert_whole(folder, 3)
+
+
+def test_files_that_nobody_has_open_any_more_are_forgotten_and_open_ones_are_not(tmp_path: Path):
+    with LocalStore.open(tmp_path, tables=TABLES) as store:
+        add(store)
+        found = os.stat(tmp_path / "buffer.db")
+        for number in range(3 * forks.KNOWN_MAX):
+            forks.note((-1, number))  # no device has this number
+        assert len(forks._known) <= 2 * forks.KNOWN_MAX
+        assert (found.st_dev, found.st_ino) in forks._known
