@@ -232,19 +232,33 @@ def learn(
 
 
 def give_back(connection: sqlite3.Connection, position: int) -> None:
-    """Give later changes back what they replaced, where only this one's records tell of it.
+    """Keep what only the records of a change tell of that has come to nothing.
 
-    A merge makes one record for all that is pending on a row, with the first change. When that one
-    comes to nothing the record may never have been seen: the others meet the server's row by
-    themselves then.
+    A merge makes one record for all that is pending on a row, with the first change, and nobody
+    sees the records of one that is never applied. Its author's next change up to where a record
+    reaches carries it on. Where a person was to decide, the others get back what they replaced and
+    meet the server's row by themselves.
     """
-    (records,) = connection.execute(
-        "SELECT records FROM op_log WHERE position = ?", (position,)
+    records, user_id = connection.execute(
+        "SELECT records, user_id FROM op_log WHERE position = ?", (position,)
     ).fetchone()
     for record in orjson.loads(records):
+        if record["outcome"] != "manual":
+            _carry_on(connection, position, user_id, record)
+            continue
         key, replaced = (record["table"], record["id"]), dict(record["base"] or {})
         for later in sorted(found for found in _positions(connection, key) if found > position):
             _replaced_again(connection, later, key, replaced)
+
+
+def _carry_on(connection: sqlite3.Connection, position: int, user_id: str, record: Row) -> None:
+    connection.execute(
+        "UPDATE op_log SET records = json_insert(records, '$[#]', json(?1)) WHERE position = ("
+        " SELECT l.position FROM names n CROSS JOIN op_log l WHERE n.txn_id = ?2"
+        " AND l.position > ?3 AND l.position <= n.position AND l.user_id = ?4"
+        " AND l.state IN ('pending', 'held') AND l.parked = 0 ORDER BY l.position LIMIT 1)",
+        (orjson.dumps(record).decode(), record.get("through"), position, user_id),
+    )
 
 
 def _replaced_again(connection: sqlite3.Connection, position: int, key: Key, replaced: Row) -> None:

@@ -77,6 +77,23 @@ def test_a_change_behind_unheard_decisions_does_not_pass_for_merged_with_what_th
         assert store.state(third.txn_id) == "conflict"
 
 
+def parked_unheard(world: World) -> None:
+    """Let a container hand over what is refused, and never hear that it arrived."""
+    server, calls = world.server, []
+    park = server.park
+
+    def unheard(*given: Any) -> Any:
+        calls.append(park(*given))
+        raise ReplyTimedOut("cut")
+
+    server.park = unheard  # type: ignore[method-assign]
+    world.flush(0)
+    server.park = park  # type: ignore[method-assign]
+    assert calls
+    one_by_one = FlushLimits(batch_ops_max=1)
+    world.flushers[0] = Flusher(world.stores[0], server, limits=one_by_one, clock=world.clock)
+
+
 def test_what_only_a_record_of_something_discarded_told_of_is_told_of_again(tmp_path: Path):
     row_id = new_id()
     with opened(tmp_path, 1, OperatedModel) as world:
@@ -86,19 +103,8 @@ def test_what_only_a_record_of_something_discarded_told_of_is_told_of_again(tmp_
         world.flush(0)
         refused = world.write(0, ANN, Update("notes", row_id, {"title": "poison"}))
         behind = world.write(0, ANN, Update("notes", row_id, {"title": "behind"}))
-        park, calls = server.park, []
-
-        def parked_unheard(*given: Any) -> Any:
-            calls.append(park(*given))
-            raise ReplyTimedOut("cut")
-
-        server.park = parked_unheard  # type: ignore[method-assign]
-        world.flush(0)
-        server.park = park  # type: ignore[method-assign]
-        assert calls
+        parked_unheard(world)
         assert server.parked.keys() == {refused.txn_id, behind.txn_id}
-        one_by_one = FlushLimits(batch_ops_max=1)
-        world.flushers[0] = Flusher(store, server, limits=one_by_one, clock=world.clock)
         beside = Insert("notes", {"id": new_id(), "text": "beside it"})
         last = world.write(0, ANN, beside, Update("notes", row_id, {"text": "mine"}))
         world.edit(row_id, text="theirs")
@@ -106,6 +112,25 @@ def test_what_only_a_record_of_something_discarded_told_of_is_told_of_again(tmp_
         world.settle()
         assert server.rows["notes", row_id].values["text"] == "theirs"
         assert store.state(last.txn_id) == "conflict"
+
+
+def test_what_a_discarded_change_was_to_tell_of_a_row_that_is_gone_is_told_by_the_next(
+    tmp_path: Path,
+):
+    row_id = new_id()
+    with opened(tmp_path, 1, OperatedModel) as world:
+        server, store = world.server, world.stores[0]
+        assert isinstance(server, OperatedModel)
+        refused = world.write(0, ANN, Insert("notes", {"id": row_id, "title": "poison"}))
+        behind = world.write(0, ANN, Update("notes", row_id, {"text": "behind"}))
+        parked_unheard(world)
+        last = world.write(0, ANN, Update("notes", row_id, {"text": "last"}))
+        server.discard([refused.txn_id, behind.txn_id])
+        world.settle()
+        assert store.state(behind.txn_id) == "discarded"
+        assert store.state(last.txn_id) == "applied"
+        [record] = server.records.values()
+        assert (record["outcome"], record["mine"]["text"]) == ("deleted", "last")
 
 
 def test_a_change_applied_in_the_call_that_brings_the_news_stays_on_top(tmp_path: Path):
