@@ -22,6 +22,7 @@ from syncer.audit import audit
 from syncer.flusher import Flusher, FlushLimits, FlushReport
 from syncer.remote import Remote, SupabaseRemote
 from syncer.sessions.tables import SESSION_TABLES
+from syncer.testkit.buffer import wait_until
 from syncer.testkit.fault_proxy import FaultProxy
 from syncer.testkit.local_supabase import LocalSupabase
 
@@ -73,11 +74,12 @@ class World:
 
     def recover(self, writes: int | None = None) -> None:
         """Only passes, until nothing is left; then the account of all that was written."""
-        for _ in range(PASSES_MAX):
+
+        def drained() -> bool:  # PostgREST reloads in its own time, on a busy machine above all
             self.pass_once()
-            if self.store.stats()["pending"] == 0:
-                break
-            SystemClock().sleep(0.01)
+            return self.store.backlog() == 0
+
+        wait_until(drained, timeout_s=60.0)
         stats = self.store.stats()
         assert (stats["pending"], stats["parked"]) == (0, 0)
         with self.sql() as sql:
