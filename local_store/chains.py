@@ -231,34 +231,66 @@ def learn(
         )
 
 
-def give_back(connection: sqlite3.Connection, position: int) -> None:
-    """Keep what only the records of a change tell of that has come to nothing.
+def give_back(connection: sqlite3.Connection, tables: Tables, position: int) -> None:
+    """Keep what only a change tells of that has come to nothing.
 
-    A merge makes one record for all that is pending on a row, with the first change, and nobody
-    sees the records of one that is never applied. Its author's next change up to where a record
-    reaches carries it on. Where a person was to decide, the others get back what they replaced and
-    meet the server's row by themselves.
+    What came behind it and replaced its values replaces what those had replaced. A merge makes one
+    record for all that is pending on a row, with the first change, and nobody sees the records of
+    one that is never applied: its author's next change up to where a record reaches carries it on.
+    Where a person was to decide, the others meet the server's row by themselves.
     """
-    records, user_id = connection.execute(
-        "SELECT records, user_id FROM op_log WHERE position = ?", (position,)
+    records, user_id, encoded, before, schemas = connection.execute(
+        "SELECT records, user_id, ops, before, schemas FROM op_log WHERE position = ?", (position,)
     ).fetchone()
+    undone: dict[Key, Row] = {}
+    ops = decode_ops(encoded, schemas, tables)
+    for op, image in zip(ops, orjson.loads(before), strict=True):
+        by_key = tables[op.table].json_merge if op.table in tables else ()
+        names = () if op.kind != "update" else op.values.keys() & (image or {}).keys() - {*by_key}
+        had = {name: image[name] for name in names}
+        undone[op.table, op.id] = {**had, **undone.get((op.table, op.id), {})}
     for record in orjson.loads(records):
-        if record["outcome"] != "manual":
+        key = record["table"], record["id"]
+        if record["outcome"] == "manual":
+            undone[key] = {**undone.get(key, {}), **(record["base"] or {})}
+        else:
             _carry_on(connection, position, user_id, record)
-            continue
-        key, replaced = (record["table"], record["id"]), dict(record["base"] or {})
+    for key, replaced in undone.items():
         for later in sorted(found for found in _positions(connection, key) if found > position):
             _replaced_again(connection, later, key, replaced)
 
 
 def _carry_on(connection: sqlite3.Connection, position: int, user_id: str, record: Row) -> None:
+    found = connection.execute(
+        "SELECT l.position, l.records FROM names n CROSS JOIN op_log l WHERE n.txn_id = ?"
+        " AND l.position > ? AND l.position <= n.position AND l.user_id = ?"
+        " AND l.state IN ('pending', 'held') AND l.parked = 0 ORDER BY l.position LIMIT 1",
+        (record.get("through"), position, user_id),
+    ).fetchone()
+    if found is None:
+        return
+    kept: list[Row] = []
+    for own in orjson.loads(found[1]):
+        if any(own[name] != record[name] for name in ("table", "id", "outcome")):
+            kept.append(own)
+        else:  # the server keeps one record of a row and an outcome
+            record = _joined(record, own)
     connection.execute(
-        "UPDATE op_log SET records = json_insert(records, '$[#]', json(?1)) WHERE position = ("
-        " SELECT l.position FROM names n CROSS JOIN op_log l WHERE n.txn_id = ?2"
-        " AND l.position > ?3 AND l.position <= n.position AND l.user_id = ?4"
-        " AND l.state IN ('pending', 'held') AND l.parked = 0 ORDER BY l.position LIMIT 1)",
-        (orjson.dumps(record).decode(), record.get("through"), position, user_id),
+        "UPDATE op_log SET records = ? WHERE position = ?",
+        (orjson.dumps([*kept, record]).decode(), found[0]),
     )
+
+
+def _joined(older: Row, newer: Row) -> Row:
+    """Return one record for two of the same row and outcome: mine and theirs as they are last."""
+    sides = {side: {**(older[side] or {}), **(newer[side] or {})} for side in ("mine", "theirs")}
+    return {
+        **newer,
+        "columns": sorted({*older["columns"], *newer["columns"]}),
+        "base": {**(newer["base"] or {}), **(older["base"] or {})},
+        "mine": sides["mine"],
+        "theirs": sides["theirs"] or None,
+    }
 
 
 def _replaced_again(connection: sqlite3.Connection, position: int, key: Key, replaced: Row) -> None:
@@ -268,7 +300,8 @@ def _replaced_again(connection: sqlite3.Connection, position: int, key: Key, rep
     ops, before = decode_ops(encoded, schemas, {}), orjson.loads(before_)
     for op, image in zip(ops, before, strict=True):
         if (op.table, op.id) == key and image is not None:
-            image.update({name: replaced.pop(name) for name in op.values if name in replaced})
+            names = image if op.kind == "delete" else op.values
+            image.update({name: replaced.pop(name) for name in names if name in replaced})
     connection.execute(
         "UPDATE op_log SET before = ? WHERE position = ?", (orjson.dumps(before).decode(), position)
     )

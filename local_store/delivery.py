@@ -154,9 +154,13 @@ class Delivery:
         if outcome.state == "applied":
             rows.settle(connection, tables, found.position, counter)
         elif came_to_nothing:
-            chains_.give_back(connection, found.position)
+            chains_.give_back(connection, tables, found.position)
             rows.drop(connection, tables, found.position, counter)
-        rows.note_versions(connection, versions, counter)
+            for key in rows.pending_among(connection, changed):
+                rows.doubt(connection, key, counter)  # until it has met the server's row
+        # Null where a person decided against the author: the row is there, as others made it.
+        known = {n: v for n, v in versions.items() if v is not None or n not in outcome.doubted}
+        rows.note_versions(connection, known, counter)
         self._doubt(connection, outcome, counter)
         self._learn(connection, outcome)
         for name, row in outcome.rows.items():

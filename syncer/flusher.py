@@ -33,6 +33,7 @@ from syncer.core.sorting import (
     parked_before,
     rewritten_for,
     sort_out,
+    unregistered,
 )
 from syncer.core.verdict import Verdict
 from syncer.core.wire import Park
@@ -227,9 +228,15 @@ class Flusher:
         found = sort_out(transactions, verdicts, now, self._jitter, limits)
         self._store.record(found.outcomes)
         freed = {outcome.txn_id for outcome in found.outcomes}
-        for transaction, rows in as_left(self._store.tables, transactions, verdicts, found.met):
+        tables = self._store.tables
+        for transaction, rows in as_left(tables, transactions, verdicts, found.met):
             # Rows that come with something final needn't have been changed by anybody else.
             is_free = transaction.txn_id in freed
+            names = [f"{op.table}/{op.id}" for op in transaction.ops]
+            if not is_free and unregistered(tables, names):  # it waits for who can merge it
+                later = Outcome(transaction.txn_id, "held", retry_after_s=SLOW_RETRY_S)
+                self._store.record([later])
+                continue
             blocker = self._meet(transaction, rows, () if is_free else rows)
             if blocker is not None and not is_free:
                 held = Outcome(transaction.txn_id, "held", retry_after_s=BEHIND_PARKED_S)

@@ -185,19 +185,19 @@ class _Merging:
 
     def _keep_record(self, table: str, row_id: str, part: Part) -> None:
         record = record_of(table, row_id, part, self._txn_ids)
-        at = take_over(self._held(), record, part.txn, self._txn_ids)
+        at = take_over(self._held(f"{table}/{row_id}"), record, part.txn, self._txn_ids)
         self._records[at].append(record)
 
-    def _held(self) -> list[list[Row] | None]:
+    def _held(self, key: str) -> list[list[Row] | None]:
         return [
-            None if waits else records
-            for waits, records in zip(self._waits, self._records, strict=True)
+            None if self._is_left_alone(txn, key) else records
+            for txn, records in enumerate(self._records)
         ]
 
     def _leave_to_person(self, table: str, row_id: str, part: Part) -> None:
         record = record_of(table, row_id, part, self._txn_ids)
         # What precedes is sent as it was merged, so its records stay.
-        held = [None] * part.txn + self._held()[part.txn :]
+        held = [None] * part.txn + self._held(f"{table}/{row_id}")[part.txn :]
         take_over(held, record, part.txn, self._txn_ids)
         txn_id = self._txn_ids[part.txn]
         self._manual[txn_id] = (*self._manual.get(txn_id, ()), record)

@@ -126,9 +126,15 @@ def as_left(
             row = left.pop(name, None)
             if op.kind == "delete":
                 left |= dict.fromkeys((name, *gone))
-            elif row is not None:
+            elif row is not None and op.table in tables:
                 left[name] = {**row, **op.values, tables[op.table].version: verdict.versions[name]}
+    left = {name: row for name, row in left.items() if name not in unregistered(tables, left)}
     return [(item, {name: left[name] for name in rows if name in left}) for item, rows in met]
+
+
+def unregistered(tables: Mapping[str, TableSpec], rows: Collection[str]) -> set[str]:
+    """Return the rows (`table/id`) of tables that are not known any more: none can be merged."""
+    return {name for name in rows if name.partition("/")[0] not in tables}
 
 
 def _doubted(transaction: PendingTransaction, verdict: Verdict) -> tuple[str, ...]:
@@ -138,6 +144,8 @@ def _doubted(transaction: PendingTransaction, verdict: Verdict) -> tuple[str, ..
     """
     if verdict.kind != "duplicate":
         return ()
+    if transaction.parked:  # freed by somebody else, perhaps in another form
+        return tuple(verdict.rows)
     names = dict.fromkeys(f"{op.table}/{op.id}" for op in transaction.ops)
     return tuple(
         name
